@@ -1,0 +1,93 @@
+"""Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
+
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from elastic.config import RunConfig
+from elastic.family import Family
+from elastic.files import atomic_directory, digest
+from elastic.importance import Ranking
+from elastic.manifest import Manifest, Member
+from elastic.parent import HybridParent
+from elastic.parent.weights import save_parent
+from elastic.search import Choice
+
+PACKAGES = ("elastic", "torch", "transformers", "lightning", "safetensors", "tokenizers")
+
+
+def git_revision() -> str | None:
+    """Revision of the code that runs, if it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any] | None) -> dict:
+    """What config.json says beside the sizes: the parent's own words, or the tokenizer's ids."""
+    if parent_config is not None:
+        return parent_config
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return {"chunk_size": 128, **ids}
+
+
+def write_parent(
+    directory: Path,
+    parent: HybridParent,
+    tokenizer: PreTrainedTokenizerBase,
+    base_config: dict[str, Any],
+) -> None:
+    """Write a parent that was trained here as an ordinary checkpoint with its tokenizer."""
+    with atomic_directory(directory, replace=True) as temporary:
+        save_parent(parent, temporary, base_config)
+        tokenizer.save_pretrained(temporary)
+
+
+def write_elastic(
+    directory: Path,
+    config: RunConfig,
+    parent: HybridParent,
+    tokenizer: PreTrainedTokenizerBase,
+    base_config: dict[str, Any],
+    family: Family,
+    choices: dict[str, Choice],
+    ranking: Ranking,
+    tokens_seen: dict[str, int],
+) -> None:
+    """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until then."""
+    budgets = {
+        name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
+        for name, choice in choices.items()
+    }
+    provenance = {
+        "parent": config.parent.path or "trained in this run",
+        "config": digest(asdict(config)),
+        "tokens_seen": tokens_seen,
+        "versions": {name: version(name) for name in PACKAGES},
+        "git_revision": git_revision(),
+        "frozen": family.frozen is not None,
+    }
+    manifest = Manifest(
+        budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
+    )
+    with atomic_directory(directory, replace=True) as temporary:
+        save_parent(parent, temporary, base_config)
+        tokenizer.save_pretrained(temporary)
+        router = {
+            name: weight.detach().cpu().clone()
+            for name, weight in family.router.state_dict().items()
+        }
+        save_file(router, temporary / "router.safetensors")
+        manifest.write(temporary)

@@ -1,0 +1,93 @@
+"""Stages as pure functions: tokens seen -> where we are, which budget, which learning rate. No torch."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from elastic.config import StageConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage with everything worked out."""
+
+    name: str
+    index: int
+    config: StageConfig
+    steps: int
+    """Optimizer steps: the tokens, rounded up to whole steps."""
+    accumulation: int
+    """Forward passes per process and optimizer step."""
+    batch_sequences: int
+    """Sequences per forward pass and process."""
+    tokens_before: int
+    """Tokens of all stages of this mode before this one."""
+    tokens_of_mode: int
+    """Tokens of all stages of this mode."""
+    steps_before: int
+    """Optimizer steps of all stages before this one, whatever their mode."""
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.config.batch_tokens
+
+    def progress(self, step: int) -> float:
+        """Share of all tokens of this mode that were seen before optimizer step `step` of the stage."""
+        return (self.tokens_before + step * self.config.batch_tokens) / self.tokens_of_mode
+
+
+def plan(stages: Mapping[str, StageConfig], trainer: TrainerConfig) -> list[Stage]:
+    """Work the configured stages out, in order."""
+    steps = {n: math.ceil(stage.tokens / stage.batch_tokens) for n, stage in stages.items()}
+    seen = {"pretrain": 0, "elastic": 0}
+    totals = dict(seen)
+    for name, stage in stages.items():
+        totals[stage.mode] += steps[name] * stage.batch_tokens
+    planned = []
+    for index, (name, stage) in enumerate(stages.items()):
+        micro = trainer.micro_batch_tokens or stage.batch_tokens // trainer.world_size
+        planned.append(
+            Stage(
+                name=name,
+                index=index,
+                config=stage,
+                steps=steps[name],
+                accumulation=stage.batch_tokens // (micro * trainer.world_size),
+                batch_sequences=micro // stage.sequence_length,
+                tokens_before=seen[stage.mode],
+                tokens_of_mode=totals[stage.mode],
+                steps_before=sum(earlier.steps for earlier in planned),
+            )
+        )
+        seen[stage.mode] += planned[-1].tokens
+    return planned
+
+
+def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str, float]:
+    """How often each budget is drawn in a stage; uniform unless it says otherwise."""
+    if stage.budget_probabilities is None:
+        return {name: 1 / len(budgets) for name in budgets}
+    return {name: stage.budget_probabilities.get(name, 0.0) for name in budgets}
+
+
+def draw_seed(seed: int, purpose: str, stage: int, step: int, micro_step: int) -> int:
+    """Seed of one draw: the same on every rank, and after a resume."""
+    text = f"{seed}/{purpose}/{stage}/{step}/{micro_step}"
+    return random.Random(text).getrandbits(63)
+
+
+def draw_budget(probabilities: Mapping[str, float], seed: int) -> str:
+    """One budget, a function of the seed alone."""
+    names = list(probabilities)
+    return random.Random(seed).choices(names, [probabilities[name] for name in names])[0]
+
+
+def learning_rate_factor(stage: StageConfig, steps: int, step: int) -> float:
+    """Linear warmup, then a cosine down to `final_lr_ratio`; a share of the peak, at `step` of `steps`."""
+    if step < stage.warmup_steps:
+        return (step + 1) / stage.warmup_steps
+    span = max(1, steps - stage.warmup_steps)
+    progress = min(1.0, (step - stage.warmup_steps) / span)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return stage.final_lr_ratio + (1 - stage.final_lr_ratio) * cosine

@@ -1,0 +1,243 @@
+"""Where text comes from: this Python's own library, local files, or a data set on the hub.
+
+Every source ends as two data sets with the one column `text`, in an order that does not depend on
+the file system. Text is never executed: data sets that need their own code are refused.
+"""
+
+import glob
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet  # type: ignore[import-untyped]
+from datasets import Dataset
+from datasets.utils import are_progress_bars_disabled
+
+from elastic.config import ConfigError, DataConfig
+from elastic.files import digest
+
+SKIPPED_DIRECTORIES = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
+}  # fmt: skip
+"""Not the library's own code, or tests full of deliberately broken text."""
+
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+"""File suffix -> builder of the datasets library and its options."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents held out, each with the one column `text`."""
+
+    train: Dataset
+    validation: Dataset
+    fingerprint: str
+    """Changes when the source does: see `corpus_fingerprint`."""
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Read the text of `config`; every `validation_every`-th document is held out.
+
+    Raises ConfigError when the source is missing, unreadable, lacks the text column, or has too
+    few documents to hold one out.
+    """
+    with _quiet():
+        if config.source == "stdlib":
+            documents = _read_stdlib()
+        elif config.source == "files":
+            documents = _read_files(config)
+        else:
+            documents = _read_hub(config)
+    every, count = config.validation_every, len(documents)
+    if count < every:
+        allowed = f"at most {count}, or give more documents" if count >= 2 else "given more text"
+        raise ConfigError(
+            f"data.validation_every={every}: the corpus has only {count} document(s) and every "
+            f"{every}th is held out for validation; must be {allowed}"
+        )
+    held_out = np.arange(count) % every == every - 1
+    return Corpus(
+        train=documents.select(np.flatnonzero(~held_out)),
+        validation=documents.select(np.flatnonzero(held_out)),
+        fingerprint=corpus_fingerprint(config),
+    )
+
+
+def corpus_fingerprint(config: DataConfig) -> str:
+    """A hash of what `load_corpus` would read, without reading it.
+
+    Names and sizes (and, for local files, times of change) stand for contents; a hub data set is
+    known by its id, so a run that resumes keeps its text although the hub has moved on.
+    """
+    known: list[Any]
+    if config.source == "stdlib":
+        root = _stdlib_root()
+        sizes = [[name, (root / name).stat().st_size] for name in stdlib_files(root)]
+        known = [platform.python_version(), sizes]
+    elif config.source == "files":
+        stats = [(str(path), path.stat()) for path in _matching_files(config)]
+        known = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    else:
+        known = [config.path, config.subset, config.split]
+    return digest([config.source, known])
+
+
+def stdlib_files(root: Path) -> list[str]:
+    """Relative paths of the Python files under `root`, sorted; tests and packages are left out."""
+    names = []
+    for directory, subdirectories, files in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if name not in SKIPPED_DIRECTORIES]
+        relative = Path(directory).relative_to(root)
+        names += [(relative / name).as_posix() for name in files if name.endswith(".py")]
+    return sorted(names)
+
+
+def text_batches(texts: Dataset, characters: int = 1 << 20) -> Iterator[list[str]]:
+    """The non-empty documents of `texts` in order, in lists of about `characters` characters.
+
+    Batches are bounded by size, not by count: a few long documents must not fill the memory.
+    """
+    batch: list[str] = []
+    size = 0
+    for rows in texts.iter(batch_size=64):
+        for text in rows["text"]:
+            if not text:  # null or empty
+                continue
+            batch.append(text)
+            size += len(text)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what is at the root of `error`; libraries wrap the cause they met."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _stdlib_root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _read_stdlib() -> Dataset:
+    root = _stdlib_root()
+    texts = []
+    for name in stdlib_files(root):
+        try:
+            texts.append((root / name).read_bytes().decode("utf-8"))
+        except UnicodeDecodeError:
+            continue  # a few files declare another encoding
+    if not texts:
+        raise ConfigError(
+            f"data.source=stdlib: there are no .py files in {root}; "
+            "must be files or hub for this Python"
+        )
+    return Dataset.from_dict({"text": texts})  # in memory: no cache file
+
+
+def _matching_files(config: DataConfig) -> list[Path]:
+    """The files that data.path means, absolute and sorted."""
+    assert config.path is not None  # DataConfig has checked it
+    found = glob.glob(os.path.expanduser(config.path), recursive=True)
+    paths = sorted(Path(path).absolute() for path in found if os.path.isfile(path))
+    if not paths:
+        raise ConfigError(
+            f"data.path={config.path}: no such file; must be a glob of .txt, .jsonl or .parquet "
+            "files, for example 'texts/**/*.txt'"
+        )
+    suffixes = sorted({path.suffix for path in paths})
+    if len(suffixes) > 1 or suffixes[0] not in BUILDERS:
+        raise ConfigError(
+            f"data.path={config.path}: matches {', '.join(s or 'suffixless' for s in suffixes)} "
+            f"files; must match files of one kind, one of {', '.join(BUILDERS)}"
+        )
+    return paths
+
+
+def _read_files(config: DataConfig) -> Dataset:
+    paths = _matching_files(config)
+    suffix = paths[0].suffix
+    builder, options = BUILDERS[suffix]
+    column = "text" if suffix == ".txt" else config.text_column
+    try:
+        if suffix == ".parquet":  # a column store: other columns need not be read, or cached
+            _require_column(pyarrow.parquet.read_schema(paths[0]).names, column, config)
+            options = {**options, "columns": [column]}
+        documents = datasets.load_dataset(
+            builder,
+            # the library takes names for patterns once more
+            data_files=[glob.escape(str(path)) for path in paths],
+            split="train",
+            **options,
+        )
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"data.path={config.path}: cannot read these {suffix} files: {reason(error)}"
+        ) from error
+    return _only_text(documents, column, config)
+
+
+def _read_hub(config: DataConfig) -> Dataset:
+    try:
+        documents = datasets.load_dataset(config.path, config.subset, split=config.split)
+    except Exception as error:
+        raise ConfigError(
+            f"data.path={config.path} (data.subset={config.subset}, data.split={config.split}): "
+            f"cannot load this data set: {reason(error)}"
+        ) from error
+    return _only_text(documents, config.text_column, config)
+
+
+def _require_column(columns: list[str], column: str, config: DataConfig) -> None:
+    if column not in columns:
+        raise ConfigError(
+            f"data.text_column={column}: there is no such column in {config.path}; "
+            f"must be one of {', '.join(columns)}"
+        )
+
+
+def _only_text(documents: Dataset, column: str, config: DataConfig) -> Dataset:
+    """Keep the column with the text, and call it `text`."""
+    _require_column(documents.column_names, column, config)
+    kind = getattr(documents.features[column], "dtype", "nested")
+    if kind not in ("string", "large_string"):
+        raise ConfigError(
+            f"data.text_column={column}: holds {kind} values in {config.path}; must hold text"
+        )
+    chosen = documents.select_columns([column])
+    return chosen if column == "text" else chosen.rename_column(column, "text")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars in log files, and no library's own account of an error that we report."""
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
+    if hide:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if hide:
+            datasets.enable_progress_bars()

@@ -1,0 +1,87 @@
+"""Files that are whole or not there: temporary name, fsync, rename. No torch."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path`, on the same file system, that only this process uses."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write; it becomes `path` if the block ends well, else it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory to fill; it becomes `path` if the block ends well, else it is gone.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is false; nothing is written.
+    """
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already; nothing was written")
+    made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    done = False
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        if path.exists():  # a directory cannot be renamed over one that is not empty
+            old = _temporary(path.with_name(path.name + ".old"))
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, path)
+        _sync(path.parent)
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(temporary, ignore_errors=True)
+            parent = path.parent
+            while parent != made and parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()  # folders that only this attempt had made
+                parent = parent.parent
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def digest(value: Any) -> str:
+    """Short stable hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

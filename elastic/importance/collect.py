@@ -1,0 +1,173 @@
+"""Forward passes over calibration text: statistics of every width axis, errors of every layer."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from elastic.architecture import Architecture, droppable_layers
+from elastic.config import ImportanceConfig
+from elastic.importance.score import normalised_error
+from elastic.parent import HybridParent
+
+log = logging.getLogger(__name__)
+
+Calibration = Tensor
+"""Calibration tokens: (samples, t) int64."""
+
+
+class _Statistic:
+    """Sum over tokens of absolute activations, or the L2 norm over sequences of their mean."""
+
+    def __init__(self, aggregation: str) -> None:
+        self.aggregation = aggregation
+        self.total: Tensor | None = None
+
+    def add(self, activations: Tensor) -> None:
+        """(b, t, ...): one batch."""
+        values = activations.detach().abs().double()
+        if self.aggregation == "sum":
+            batch = values.sum(dim=(0, 1))
+        else:
+            batch = values.mean(dim=1).square().sum(dim=0)
+        self.total = batch if self.total is None else self.total + batch
+
+    @property
+    def value(self) -> Tensor:
+        assert self.total is not None, "no batch was seen"
+        total = self.total if self.aggregation == "sum" else self.total.sqrt()
+        return total.float().cpu()
+
+
+@contextmanager
+def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[str, _Statistic]]:
+    """Hooks that feed the statistics while the block runs."""
+    shape = parent.shape
+    statistics = {"hidden": _Statistic(config.aggregation)}
+    hooks = []
+
+    def output_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
+        hooks.append(module.register_forward_hook(lambda _m, _i, output: use(output)))
+
+    def input_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
+        hooks.append(module.register_forward_pre_hook(lambda _m, inputs: use(inputs[0])))
+
+    output_of(parent.backbone.norm_f, statistics["hidden"].add)
+    for index, block in enumerate(parent.backbone.layers):
+        output_of(block.norm, statistics["hidden"].add)
+        statistic = statistics[f"layer.{index}"] = _Statistic(config.aggregation)
+        mixer = block.mixer
+        if block.kind == "mlp" and config.ffn_score == "post_activation":
+            input_of(mixer.down_proj, statistic.add)
+        elif block.kind == "mlp":
+            output_of(mixer.up_proj, statistic.add)
+        elif block.kind == "attention":
+            heads = (shape.num_attention_heads, shape.head_dim)
+            input_of(mixer.o_proj, lambda x, s=statistic, n=heads: s.add(x.unflatten(-1, n)))
+        else:  # the x rows of in_proj follow those of z
+            inner = shape.mamba_num_heads * shape.mamba_head_dim
+            heads = (shape.mamba_num_heads, shape.mamba_head_dim)
+            output_of(
+                mixer.in_proj,
+                lambda y, s=statistic, i=inner, n=heads: s.add(y[..., i : 2 * i].unflatten(-1, n)),
+            )
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def collect_scores(
+    parent: HybridParent, calibration: Calibration, config: ImportanceConfig
+) -> dict[str, Tensor]:
+    """Statistics of every width axis (arXiv 2511.16664, section 3.1), by forward passes alone.
+
+    Returns `hidden` (d,) over the outputs of all norms, and per layer `layer.<index>`: (f,) for an
+    MLP, (h, p) for Mamba's x projection, (q, head_dim) for the input of attention's output matrix.
+    """
+    with _observing(parent, config) as statistics:
+        for batch in _progress(calibration[: config.samples].split(config.batch_size), "width"):
+            parent(batch)
+    return {name: statistic.value for name, statistic in statistics.items()}
+
+
+@torch.no_grad()
+def rank_layers(
+    parent: HybridParent,
+    calibration: Calibration,
+    config: ImportanceConfig,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[list[int], list[dict[int, float]]]:
+    """Layers to bypass, least important first, by the normalised MSE of the logits.
+
+    `iterative` bypasses each remaining layer on trial, drops the one that changes the original
+    logits least, and repeats on the reduced model; `one_pass` ranks all by their first trial. The
+    logits are compared at random positions, the same for every trial.
+
+    Returns `count` layer indices, and the error of every trial per round.
+
+    Raises:
+        ConfigError: fewer than `count` layers may be dropped.
+    """
+    full = Architecture.full(parent.shape)
+    kinds = parent.shape.kinds
+    candidates = droppable_layers(parent.shape, config.drop_attention, config.drop_ends, count)
+    tokens = calibration[: config.depth_samples]
+    time_steps = tokens.shape[1]
+    positions = min(config.depth_positions, time_steps)
+    chosen = torch.stack(
+        [torch.randperm(time_steps, generator=generator)[:positions] for _ in tokens]
+    ).to(tokens.device)  # (samples, positions)
+
+    def logits(member: Architecture | None) -> Tensor:
+        parts = []
+        pairs = zip(tokens.split(config.batch_size), chosen.split(config.batch_size), strict=True)
+        for batch, places in pairs:
+            hidden = parent(batch, member)  # (b, t, d)
+            picked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+            parts.append((picked @ parent.head_weight().T).float().cpu())
+        return torch.cat(parts)
+
+    reference = logits(None)
+    order: list[int] = []
+    rounds: list[dict[int, float]] = []
+    trials = (
+        len(candidates)
+        if config.depth_method == "one_pass"
+        else sum(len(candidates) - i for i in range(count))
+    )
+    bar = tqdm(total=trials if count else 0, desc="rank depth", disable=not sys.stderr.isatty())
+    while len(order) < count:
+        start = time.monotonic()
+        errors = {}
+        for layer in candidates:
+            if layer not in order:
+                errors[layer] = normalised_error(reference, logits(full.without({*order, layer})))
+                bar.update()
+        rounds.append(errors)
+        ranked = sorted(errors, key=lambda layer: (errors[layer], layer))
+        order.extend(ranked[:count] if config.depth_method == "one_pass" else ranked[:1])
+        log.info(
+            "depth ranking: %d of %d layers, next is %d (%s, error %.4f), %.1f s",
+            len(order),
+            count,
+            ranked[0],
+            kinds[ranked[0]],
+            errors[ranked[0]],
+            time.monotonic() - start,
+        )
+    bar.close()
+    return order, rounds
+
+
+def _progress(batches: tuple[Tensor, ...], what: str) -> Iterator[Tensor]:
+    """Batches under a progress bar with an ETA."""
+    yield from tqdm(batches, desc=f"rank {what}", disable=not sys.stderr.isatty())

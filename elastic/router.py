@@ -1,0 +1,155 @@
+"""Budget -> distribution over the choices of every axis (arXiv 2511.16664, section 3.3).
+
+One small network per axis reads the one-hot budget. Its logits, scaled and with Gumbel noise, give a
+softmax whose temperature falls while training goes on. Nothing here is random by itself: the noise
+comes from a generator that the caller seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic.architecture import Space
+from elastic.config import RouterConfig
+from elastic.cost import LayerSize, total_parameters
+from elastic.masks import Distributions, layer_gates
+
+LEAK = 0.1
+"""Slope of the leaky ReLU."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Gumbel-softmax temperature and factor on the logits at one moment."""
+
+    temperature: float
+    scale: float
+
+
+def schedule(config: RouterConfig, progress: float) -> Schedule:
+    """Temperature falls geometrically, scale grows linearly; `progress` 0..1 is the way to the freeze."""
+    progress = min(max(progress, 0.0), 1.0)
+    ratio = config.temperature_end / config.temperature_start
+    scale = config.scale_start + (config.scale_end - config.scale_start) * progress
+    return Schedule(config.temperature_start * ratio**progress, scale)
+
+
+class Router(nn.Module):
+    """One two-layer network per elastic axis, from the one-hot budget to logits."""
+
+    def __init__(
+        self, space: Space, budgets: int, config: RouterConfig, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.space, self.budgets = space, budgets
+        self.axes = nn.ModuleDict()
+        for axis in space.elastic_axes:
+            outputs = space.decisions(axis) * len(space.choices[axis])
+            first, second = (
+                nn.Linear(budgets, config.hidden_units),
+                nn.Linear(config.hidden_units, outputs),
+            )
+            with torch.no_grad():
+                for layer in (first, second):
+                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 0.1)
+                    layer.bias.zero_()
+                second.bias.view(space.decisions(axis), -1)[:, 0] = config.full_bias
+            self.axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+
+    def forward(self, budget: Tensor) -> dict[str, Tensor]:
+        """One-hot (or mixed) budgets (b, budgets) -> axis -> logits (b, decisions, choices)."""
+        return {
+            axis: network(budget).unflatten(-1, (self.space.decisions(axis), -1))
+            for axis, network in self.axes.items()
+        }
+
+    def one_hot(self, budget: int) -> Tensor:
+        """(1, budgets)."""
+        weight = next(self.parameters(), torch.zeros(()))
+        return F.one_hot(torch.tensor([budget], device=weight.device), self.budgets).to(weight)
+
+    @torch.no_grad()
+    def log_probabilities(self, budget: int, scale: float) -> dict[str, np.ndarray]:
+        """Noise-free log-probabilities per axis, (decisions, choices), for the decision."""
+        logits = self(self.one_hot(budget))
+        return {
+            axis: torch.log_softmax(scale * values[0].double(), dim=-1).cpu().numpy()
+            for axis, values in logits.items()
+        }
+
+
+def sample(
+    logits: Mapping[str, Tensor],
+    now: Schedule,
+    generator: torch.Generator,
+    hard_probability: float = 0.0,
+) -> dict[str, Tensor]:
+    """Gumbel-softmax of every axis; with `hard_probability` all axes are drawn hard instead.
+
+    A hard draw is one-hot forward and has the soft gradient (straight-through). The noise is drawn
+    on the CPU, so that every device and rank gets the same.
+    """
+    hard = bool(torch.rand((), generator=generator) < hard_probability)
+    drawn = {}
+    for axis, values in logits.items():
+        uniform = torch.rand(values.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+        gumbel = -torch.log(-torch.log(uniform)).to(values)
+        soft = torch.softmax((now.scale * values + gumbel) / now.temperature, dim=-1)
+        if hard:
+            one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+            soft = one_hot + soft - soft.detach()
+        drawn[axis] = soft
+    return drawn
+
+
+def expected_parameters(
+    space: Space, drop_order: Sequence[int], distributions: Distributions
+) -> Tensor:
+    """Expected parameter count under independent choices: (b,), differentiable.
+
+    The cost is linear in every axis on its own, so that this is the cost of the expected sizes.
+    """
+
+    def expected(axis: str) -> Tensor | list[list[float]]:
+        if axis not in distributions:
+            return [[float(space.choices[axis][0])]]
+        choices = distributions[axis].new_tensor(space.choices[axis])
+        return distributions[axis] @ choices  # (b, decisions)
+
+    sizes = {axis: expected(axis) for axis in space.choices if axis != "depth"}
+
+    def at(axis: str, layer: int) -> Tensor | float:
+        position = space.layers_of(axis).index(layer) if axis in space.heterogeneous else 0
+        value = sizes[axis]
+        return value[:, position] if isinstance(value, Tensor) else value[0][0]
+
+    gates = None
+    if "depth" in distributions:
+        gates = layer_gates(distributions["depth"], space, drop_order)
+    widths = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
+    layers = [
+        LayerSize(
+            kind,
+            width=at(widths[kind], index),
+            channels=at("mamba_head_dim", index) if kind == "mamba" else 1,
+            gate=1.0 if gates is None else gates[:, index],
+        )
+        for index, kind in enumerate(space.shape.kinds)
+    ]
+    hidden = sizes["hidden"]
+    width = hidden[:, 0] if isinstance(hidden, Tensor) else hidden[0][0]
+    return torch.as_tensor(total_parameters(space.shape, width, layers))
+
+
+def entropy(distributions: Distributions) -> Tensor:
+    """Mean entropy of all decisions, as a share of its maximum: 1 undecided, 0 decided."""
+    parts = [
+        (-(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])).flatten()
+        for p in distributions.values()
+    ]
+    return torch.cat(parts).mean() if parts else torch.zeros(())

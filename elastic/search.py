@@ -1,0 +1,310 @@
+"""Which members meet a budget: reachable sizes, and the most probable family. Pure data, no torch.
+
+A budget is met when the exact parameter count of a member is within the tolerance of its target. Of
+all families that meet every budget (and are nested, when asked) the most probable one is taken.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic.architecture import AXIS_KIND, Architecture, Selection, Space, droppable_layers
+from elastic.config import AXES, BudgetConfig, ConfigError, ImportanceConfig, ParentShape
+from elastic.cost import LayerSize, layer_parameters, parameters
+
+LogProbabilities = Mapping[str, np.ndarray]
+"""axis -> (decisions, choices); an axis that is left alone may be absent."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The member that a budget got."""
+
+    selection: Selection
+    architecture: Architecture
+    params: int
+
+
+def target_params(budget: BudgetConfig, shape: ParentShape) -> int:
+    """Parameters that a budget asks for."""
+    full = parameters(shape, Architecture.full(shape))
+    return round(budget.params * full) if budget.params <= 1 else round(budget.params)
+
+
+def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, int]:
+    """Targets by name, largest first; `ConfigError` for one above the parent or given twice."""
+    full = parameters(shape, Architecture.full(shape))
+    targets = {name: target_params(budget, shape) for name, budget in budgets.items()}
+    for name, target in targets.items():
+        if target > full:
+            raise ConfigError(
+                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's {full:,}"
+            )
+    if len(set(targets.values())) < len(targets):
+        raise ConfigError(f"budgets: targets must differ, got {targets}")
+    return dict(sorted(targets.items(), key=lambda item: -item[1]))
+
+
+class Search:
+    """Members of one space under one drop order, by size and by probability."""
+
+    def __init__(self, space: Space, drop_order: Sequence[int], tolerance: float) -> None:
+        self.space = space
+        self.drop_order = tuple(drop_order)
+        self.tolerance = tolerance
+        self.full = parameters(space.shape, Architecture.full(space.shape))
+        self._once = [axis for axis in AXES if axis not in space.heterogeneous]
+        self._layered = [axis for axis in AXES if axis in space.heterogeneous]
+
+    def family(
+        self,
+        targets: Mapping[str, int],
+        log_probabilities: Mapping[str, LogProbabilities],
+        nested: bool,
+    ) -> dict[str, Choice]:
+        """The most probable member for every budget, `targets` largest first.
+
+        The parent itself is the only member of its own size. With heterogeneous axes the layers are
+        set to their best for every combination of the other axes.
+
+        Raises:
+            ConfigError: no combination reaches a target; the message names the closest sizes.
+        """
+        names = list(targets)
+        largest = self._whole()
+        ceiling = []  # best score of every budget on its own, without nesting
+        for name in names:
+            first = next(self._candidates(targets[name], log_probabilities[name], largest), None)
+            if first is None:
+                raise ConfigError(self._unreachable(name, targets[name], largest))
+            ceiling.append(first[0])
+
+        failed: dict[str, Selection] = {}
+
+        def best(position: int, outer: Selection) -> tuple[float, list[Selection]] | None:
+            if position == len(names):
+                return 0.0, []
+            name = names[position]
+            found: tuple[float, list[Selection]] | None = None
+            hope = sum(ceiling[position + 1 :])
+            limit = outer if nested else largest
+            for score, selection in self._candidates(targets[name], log_probabilities[name], limit):
+                if found is not None and score + hope <= found[0]:
+                    break
+                rest = best(position + 1, selection)
+                if rest is not None and (found is None or score + rest[0] > found[0]):
+                    found = score + rest[0], [selection, *rest[1]]
+            if found is None:
+                failed[name] = outer
+            return found
+
+        solution = best(0, largest)
+        if solution is None:
+            name, outer = next(iter(failed.items()))
+            raise ConfigError(self._unreachable(name, targets[name], outer) + ", nested")
+        choices = {}
+        for name, selection in zip(names, solution[1], strict=True):
+            architecture = self.space.architecture(selection, self.drop_order)
+            params = parameters(self.space.shape, architecture)
+            choices[name] = Choice(selection, architecture, params)
+        return choices
+
+    def _whole(self) -> Selection:
+        return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
+
+    def _candidates(
+        self, target: int, log_probabilities: LogProbabilities, outer: Selection
+    ) -> Iterator[tuple[float, Selection]]:
+        """Members within tolerance of the target and within `outer`, most probable first."""
+        if target == self.full:
+            if outer == self._whole():
+                yield self._score(log_probabilities, outer), outer
+            return
+        heap: list[tuple[float, int, bool, Selection]] = []
+        ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
+        for number, indices in enumerate(itertools.product(*ranges)):
+            once = {axis: (index,) for axis, index in zip(self._once, indices, strict=True)}
+            bound = self._score(log_probabilities, once)
+            for axis in self._layered:  # the best that the layers could add
+                for layer, floor in enumerate(outer[axis]):
+                    bound += float(_log(log_probabilities, self.space, axis)[layer, floor:].max())
+            heapq.heappush(heap, (-bound, number, False, once))
+        while heap:
+            score, number, complete, selection = heapq.heappop(heap)
+            if complete:
+                yield -score, selection
+                continue
+            filled = self._fill_layers(target, log_probabilities, selection, outer)
+            if filled is not None:
+                total = self._score(log_probabilities, filled)
+                heapq.heappush(heap, (-total, number, True, filled))
+
+    def _score(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
+        return sum(
+            float(_log(log_probabilities, self.space, axis)[position, index])
+            for axis, indices in selection.items()
+            for position, index in enumerate(indices)
+        )
+
+    def _sums(
+        self, axis: str, log: np.ndarray, once: Selection, outer: Selection
+    ) -> tuple[np.ndarray, list[np.ndarray], int]:
+        """Best log-probability for every sum of one axis' sizes over the kept layers.
+
+        A layer's cost is linear in its width, so that only the sum matters: an exact knapsack.
+        Returns (sums,) scores in units of the sizes' common divisor, the choice of every layer at
+        every sum (-1 for a dropped layer), and the unit.
+        """
+        sizes = np.array(self.space.choices[axis])
+        unit = int(np.gcd.reduce(sizes))
+        steps = sizes // unit
+        dropped = self._dropped(once)
+        scores = np.zeros(1)
+        taken = []
+        for position, layer in enumerate(self.space.layers_of(axis)):
+            floor = outer[axis][position]
+            if layer in dropped:
+                taken.append(np.full(len(scores), floor + int(log[position, floor:].argmax())))
+                continue
+            grown = np.full(len(scores) + int(steps[floor]), -np.inf)
+            choice = np.full(len(grown), -1)
+            for index in range(floor, len(sizes)):
+                shifted = np.full(len(grown), -np.inf)
+                start = int(steps[index])
+                shifted[start : start + len(scores)] = scores + log[position, index]
+                better = shifted > grown
+                grown[better] = shifted[better]
+                choice[better] = index
+            scores = grown
+            taken.append(choice)
+        return scores, taken, unit
+
+    def _dropped(self, once: Selection) -> set[int]:
+        kept = self.space.choices["depth"][once["depth"][0]]
+        return set(self.drop_order[: len(self.space.shape.pattern) - kept])
+
+    def _layer_tables(
+        self, log_probabilities: LogProbabilities, once: Selection, outer: Selection
+    ) -> tuple[int, list[tuple[str, np.ndarray, np.ndarray, list[np.ndarray], int]]]:
+        """Base cost without the heterogeneous widths, and per heterogeneous axis: cost per sum,
+        score per sum, choices, unit."""
+        shape = self.space.shape
+        hidden = self.space.choices["hidden"][once["hidden"][0]]
+        channels = self.space.choices["mamba_head_dim"][once["mamba_head_dim"][0]]
+        selection = once | {axis: outer[axis] for axis in self._layered}
+        base = parameters(shape, self.space.architecture(selection, self.drop_order))
+        dropped = self._dropped(once)
+        tables = []
+        for axis in self._layered:
+            kind = AXIS_KIND[axis]
+            two, one = (
+                layer_parameters(shape, hidden, LayerSize(kind, width, channels))
+                for width in (2, 1)
+            )
+            slope = two - one
+            layers = self.space.layers_of(axis)
+            there = sum(
+                self.space.choices[axis][index]
+                for layer, index in zip(layers, outer[axis], strict=True)
+                if layer not in dropped
+            )
+            base -= slope * there
+            log = _log(log_probabilities, self.space, axis)
+            scores, taken, unit = self._sums(axis, log, once, outer)
+            costs = np.arange(len(scores), dtype=np.int64) * unit * slope
+            tables.append((axis, costs, scores, taken, unit))
+        return base, tables
+
+    def _fill_layers(
+        self, target: int, log_probabilities: LogProbabilities, once: Selection, outer: Selection
+    ) -> Selection | None:
+        """Complete a selection with the most probable widths per layer that meet the target."""
+        base, tables = self._layer_tables(log_probabilities, once, outer)
+        margin = self.tolerance * target
+        costs, scores = np.array([base]), np.zeros(1)
+        for _, more_costs, more_scores, _, _ in tables:
+            costs = (costs[:, None] + more_costs).ravel()
+            scores = (scores[:, None] + more_scores).ravel()
+        scores = np.where(np.abs(costs - target) <= margin, scores, -np.inf)
+        winner = int(scores.argmax())
+        if scores[winner] == -np.inf:
+            return None
+        selection = dict(once)
+        for axis, more_costs, _, taken, unit in reversed(tables):
+            winner, total = divmod(winner, len(more_costs))
+            indices = []
+            layers = self.space.layers_of(axis)
+            dropped = self._dropped(once)
+            for layer, choice in zip(reversed(layers), reversed(taken), strict=True):
+                index = int(
+                    choice[min(total, len(choice) - 1)] if layer in dropped else choice[total]
+                )
+                indices.append(index)
+                if layer not in dropped:
+                    total -= self.space.choices[axis][index] // unit
+            selection[axis] = tuple(reversed(indices))
+        return {axis: selection[axis] for axis in AXES}
+
+    def _unreachable(self, name: str, target: int, outer: Selection) -> str:
+        """One line that names the closest reachable sizes."""
+        flat = {
+            axis: np.zeros((self.space.decisions(axis), len(self.space.choices[axis])))
+            for axis in AXES
+        }
+        below, above = 0, 0
+        ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
+        for indices in itertools.product(*ranges):
+            once = {axis: (index,) for axis, index in zip(self._once, indices, strict=True)}
+            base, tables = self._layer_tables(flat, once, outer)
+            costs = np.array([base])
+            for _, more_costs, more_scores, _, _ in tables:
+                costs = (costs[:, None] + more_costs[more_scores > -np.inf]).ravel()
+            smaller, larger = costs[costs <= target], costs[costs >= target]
+            below = max(below, int(smaller.max(initial=0)))
+            if larger.size:
+                above = min(above or int(larger.min()), int(larger.min()))
+        closest = " and ".join(f"{size:,}" for size in (below, above) if size)
+        return (
+            f"budgets.{name}: no combination of space is within {self.tolerance:.1%} of "
+            f"{target:,} parameters; the closest reachable are {closest}"
+        )
+
+
+def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.ndarray:
+    """Log-probabilities of an axis; flat where none are given."""
+    if axis in log_probabilities:
+        return log_probabilities[axis]
+    return np.zeros((space.decisions(axis), len(space.choices[axis])))
+
+
+def check_reachable(
+    space: Space,
+    targets: Mapping[str, int],
+    importance: ImportanceConfig,
+    tolerance: float,
+    nested: bool,
+) -> None:
+    """Stop before any work if some target cannot be met, whatever the depth ranking turns out to be.
+
+    The ranking is not known yet, so that a few drop orders stand for all: by index, from the end,
+    and each kind of layer first. The real one is checked again as soon as it is there.
+    """
+    shape, flat = space.shape, {name: {} for name in targets}  # type: ignore[var-annotated]
+    layers = droppable_layers(
+        shape, importance.drop_attention, importance.drop_ends, space.max_dropped
+    )
+    orders = [layers, layers[::-1]]
+    for kind in sorted(set(shape.kinds)):
+        orders.append(tuple(sorted(layers, key=lambda layer, k=kind: shape.kinds[layer] != k)))
+    error: ConfigError | None = None
+    for order in dict.fromkeys(order[: space.max_dropped] for order in orders):
+        try:
+            Search(space, order, tolerance).family(targets, flat, nested)
+            return
+        except ConfigError as reason:
+            error = error or reason
+    assert error is not None
+    raise error

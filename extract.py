@@ -1,0 +1,27 @@
+"""Cut one member out of an elastic checkpoint: no training, no GPU, no remote code.
+
+python extract.py checkpoint=runs/tiny/elastic budget=small output=out/small
+"""
+
+import sys
+
+from elastic.command import command
+from elastic.config import ExtractConfig
+
+
+def run(config: ExtractConfig) -> None:
+    """Exit code 1 when the result is not the member; nothing is left behind then."""
+    from elastic.extract import (
+        VerificationError,
+        extract,
+    )  # after the settings: torch takes seconds
+
+    try:
+        extract(config)
+    except VerificationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command("extract", ExtractConfig, run)

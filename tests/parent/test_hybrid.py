@@ -1,0 +1,415 @@
+"""The hybrid stack: whole, sliced and masked are one function, and that function is Nemotron-H.
+
+Compared: sliced execution with hard masks (law 1), either with perturbed dropped weights (law 3),
+and the parent with transformers' `NemotronHForCausalLM` on the same weights (law 5), in logits and
+in the gradients of the full tensors.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    TOLERANCE,
+    architectures,
+    assert_gradients_near,
+    assert_near,
+    cut_shape,
+    difference,
+    gradients,
+    kept_regions,
+    members,
+    probe,
+    random_parent,
+    random_tokens,
+    shapes,
+    stock_model,
+    stock_names,
+    tiny_member,
+    tiny_shape,
+)
+from torch import Tensor
+
+import elastic.masks
+from elastic.architecture import Architecture
+from elastic.config import ParentShape
+from elastic.masks import hard_keep
+from elastic.parent import HybridParent, Keep, LayerKeep, Member
+from elastic.parent.hybrid import Block
+from elastic.parent.layers import RMSNorm
+from elastic.parent.ssd import GatedRMSNorm
+
+Drawn = tuple[ParentShape, Architecture]
+
+
+RUNS: dict[str, Member] = {
+    "whole": None,
+    "sliced": tiny_member(),
+    "masked": hard_keep(tiny_shape(), tiny_member()),
+}
+"""Three ways to run `tiny_shape()`."""
+
+
+def law_1(parent: HybridParent, member: Architecture, tokens: Tensor) -> float:
+    """How far hard masks are from sliced weights, as a share of the largest logit."""
+    masked = parent.logits(tokens, hard_keep(parent.shape, member))
+    return difference(masked, parent.logits(tokens, member))
+
+
+# Law 1: one function.
+
+
+@given(members(), st.integers(1, 9))
+def test_sliced_equals_hard_masks(drawn: Drawn, time: int) -> None:
+    shape, member = drawn
+    parent, tokens = random_parent(shape), random_tokens(shape, time=time)
+    assert law_1(parent, member, tokens) <= TOLERANCE[torch.float32]
+
+
+@given(members())
+def test_sliced_and_masked_gradients_agree_and_are_zero_where_dropped(drawn: Drawn) -> None:
+    shape, member = drawn
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    sliced = gradients(parent, probe(parent.logits(tokens, member)))
+    masked = gradients(parent, probe(parent.logits(tokens, hard_keep(shape, member))))
+    assert_gradients_near(masked, sliced)
+    regions = kept_regions(shape, member)
+    for name in sliced:
+        assert not sliced[name][~regions[name]].any(), f"sliced: {name} beyond the cut"
+        assert not masked[name][~regions[name]].any(), f"masked: {name} beyond the cut"
+
+
+def test_every_kept_tensor_has_a_gradient_and_no_dropped_weight_has() -> None:
+    """The same non-zeros both ways: gradients that are zero everywhere would agree for nothing."""
+    shape, member = tiny_shape(), tiny_member()
+    parent, tokens = random_parent(shape), random_tokens(shape, batch=4, time=21)
+    regions = kept_regions(shape, member)
+    for run in (member, hard_keep(shape, member)):
+        for name, gradient in gradients(parent, probe(parent.logits(tokens, run))).items():
+            assert torch.equal(gradient != 0, regions[name]), name
+
+
+@given(members(homogeneous=True))
+def test_homogeneous_member_is_a_stock_model_with_the_cut_weights(drawn: Drawn) -> None:
+    shape, member = drawn
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    stock = stock_model(cut_shape(shape, member))
+    regions = kept_regions(shape, member)
+    position = {layer.index: new for new, layer in enumerate(member.layers)}
+    cut = {}
+    for name, weight in parent.state_dict().items():
+        if regions[name].any():
+            sizes = [int(regions[name].any(dim=d).sum()) for d in _other_dims(weight)]
+            parts = name.split(".")
+            if ".layers." in name:
+                parts[2] = str(position[int(parts[2])])
+            cut[".".join(parts)] = weight[regions[name]].view(sizes)
+    stock.load_state_dict(stock_names(cut))
+    assert_near(parent.logits(tokens, member), stock(tokens).logits)
+
+
+def _other_dims(weight: Tensor) -> list[tuple[int, ...]]:
+    """For each dimension, all the others."""
+    return [tuple(i for i in range(weight.dim()) if i != d) for d in range(weight.dim())]
+
+
+@given(shapes())
+def test_none_equals_masks_of_ones_and_the_full_architecture(shape: ParentShape) -> None:
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    whole = parent.logits(tokens)
+    full = Architecture.full(shape)
+    no_masks = Keep(None, tuple(LayerKeep() for _ in shape.pattern))
+    assert torch.equal(parent.logits(tokens, no_masks), whole)
+    assert torch.equal(parent.logits(tokens, full), whole)
+    assert difference(parent.logits(tokens, hard_keep(shape, full)), whole) < 1e-5
+
+
+def _global_heads(kept: list[int], size: int, groups: int = 1) -> Tensor:
+    """The trap of method.md, section 3.6: a prefix over all heads instead of one per group."""
+    return (torch.arange(size) < torch.tensor(kept)[:, None]).float()
+
+
+def _norm_over_the_full_width(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda self, x, cut=None, keep=None: forward(self, x, cut, None)
+
+
+def _gated_norm_over_the_full_group(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def broken(
+        self: GatedRMSNorm, y: Tensor, gate: Tensor, cuts: object, keep: Tensor | None
+    ) -> Tensor:
+        masked = y if keep is None else y * keep[:, None, :]
+        return forward(self, masked, gate, cuts, None)
+
+    return broken
+
+
+def _gate_left_out(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def broken(
+        self: Block, x: Tensor, layer: object, cuts: object, hidden: Tensor, keep: LayerKeep
+    ) -> Tensor:
+        return forward(self, x, layer, cuts, hidden, LayerKeep(None, keep.width, keep.channels))
+
+    return broken
+
+
+def _update_not_masked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def broken(
+        self: Block, x: Tensor, layer: object, cuts: object, hidden: Tensor, keep: LayerKeep
+    ) -> Tensor:
+        if hidden is None:
+            return forward(self, x, layer, cuts, hidden, keep)
+        masked = forward(self, x, layer, cuts, torch.ones_like(hidden), keep)
+        return masked
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "breakage"),
+    [
+        (RMSNorm, "forward", _norm_over_the_full_width),
+        (GatedRMSNorm, "forward", _gated_norm_over_the_full_group),
+        (Block, "forward", _gate_left_out),
+        (Block, "forward", _update_not_masked),
+        (elastic.masks, "prefix_masks", lambda _: _global_heads),
+    ],
+    ids=["norm_width", "gated_norm_share", "depth_gate", "hidden_mask", "heads_across_groups"],
+)
+def test_law_1_notices_what_was_left_out(
+    owner: object, name: str, breakage: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the guard: each known mistake moves logits by far more than the tolerance."""
+    shape, member = tiny_shape(), tiny_member()
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    assert law_1(parent, member, tokens) <= TOLERANCE[torch.float32]
+    monkeypatch.setattr(owner, name, breakage(getattr(owner, name)))
+    assert law_1(parent, member, tokens) > 100 * TOLERANCE[torch.float32]
+
+
+def test_an_illegal_member_is_refused_before_it_runs() -> None:
+    shape = tiny_shape()
+    too_wide = Architecture(shape.hidden_size + 1, tiny_member().layers)
+    with pytest.raises(ValueError, match="hidden_size=14 must be in 1..13"):
+        random_parent(shape).logits(random_tokens(shape), too_wide)
+
+
+# Law 3: what is dropped is dead.
+
+
+@torch.no_grad()
+def perturb(parent: HybridParent, regions: dict[str, Tensor], inside: bool = False) -> None:
+    """Move every weight outside (or inside) the regions by a lot."""
+    for name, weight in parent.named_parameters():
+        where = regions[name] if inside else ~regions[name]
+        weight[where] += 2 * torch.randn(weight.shape)[where] + 1
+
+
+@given(members())
+def test_perturbing_dropped_weights_changes_no_bit(drawn: Drawn) -> None:
+    shape, member = drawn
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    keep = hard_keep(shape, member)
+    sliced, masked = parent.logits(tokens, member), parent.logits(tokens, keep)
+    perturb(parent, kept_regions(shape, member))
+    assert torch.equal(parent.logits(tokens, member), sliced)
+    assert torch.equal(parent.logits(tokens, keep), masked)
+
+
+def test_perturbing_any_kept_tensor_changes_the_output() -> None:
+    """Guards the guard: the same perturbation is loud one tensor further in."""
+    shape, member = tiny_shape(), tiny_member()
+    tokens, regions = random_tokens(shape), kept_regions(shape, member)
+    keep = hard_keep(shape, member)
+    before = random_parent(shape).logits(tokens, member)
+    for name, region in regions.items():
+        if region.any():
+            parent = random_parent(shape)
+            nothing = {other: torch.zeros_like(mask) for other, mask in regions.items()}
+            perturb(parent, nothing | {name: region}, inside=True)
+            assert difference(parent.logits(tokens, member), before) > 1e-3, name
+            assert difference(parent.logits(tokens, keep), before) > 1e-3, name
+
+
+# Law 5: the parent is Nemotron-H.
+
+
+@given(shapes(), st.integers(1, 20))
+def test_parent_equals_stock_nemotron_h_in_logits_and_gradients(
+    shape: ParentShape, time: int
+) -> None:
+    shape.tied_head = False  # stock transformers has no shared gradient; see test_weights
+    parent, tokens = random_parent(shape), random_tokens(shape, time=time)
+    stock = stock_model(shape)
+    stock.load_state_dict(stock_names(parent.state_dict()))
+    ours, theirs = parent.logits(tokens), stock(tokens).logits
+    assert_near(ours, theirs)
+    probe(theirs).backward()
+    expected = {name: weight.grad for name, weight in stock.named_parameters()}
+    assert_gradients_near(stock_names(gradients(parent, probe(ours))), expected)
+
+
+def test_parent_equals_stock_nemotron_h_over_several_chunks() -> None:
+    """Both scans work in chunks, of different sizes; the sequence is a multiple of neither."""
+    shape = tiny_shape()
+    parent, tokens = random_parent(shape), random_tokens(shape, time=150)
+    stock = stock_model(shape)
+    stock.load_state_dict(stock_names(parent.state_dict()))
+    assert_near(parent.logits(tokens), stock(tokens).logits)
+
+
+def test_no_token_sees_the_future() -> None:
+    shape = tiny_shape()
+    parent, tokens = random_parent(shape), random_tokens(shape, time=80)
+    changed = tokens.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % shape.vocab_size
+    before, after = parent.logits(tokens), parent.logits(changed)
+    assert difference(after[:, :40], before[:, :40]) < 1e-5
+    assert difference(after[:, 40:], before[:, 40:]) > 0.1
+
+
+# How it runs.
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_activation_checkpointing_recomputes_blocks_and_keeps_the_gradients(run: str) -> None:
+    shape = tiny_shape()
+    plain = random_parent(shape)
+    thrifty = HybridParent(shape, activation_checkpointing=True)
+    thrifty.load_state_dict(plain.state_dict())
+    tokens = random_tokens(shape)
+    member = {"whole": None, "sliced": tiny_member(), "masked": hard_keep(shape, tiny_member())}[
+        run
+    ]
+    calls = []
+    thrifty.backbone.layers[0].mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = gradients(plain, probe(plain.logits(tokens, member)))
+    actual = gradients(thrifty, probe(thrifty.logits(tokens, member)))
+    assert len(calls) == 2, "once forward, once again in the backward pass"
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+def test_checkpointed_masks_receive_their_gradient() -> None:
+    shape = tiny_shape()
+    keep = hard_keep(shape, Architecture.full(shape))
+    found = []
+    for checkpointing in (False, True):
+        parent = HybridParent(shape, activation_checkpointing=checkpointing)
+        parent.load_state_dict(random_parent(shape).state_dict())
+        width = torch.full_like(keep.layers[1].width, 0.7).requires_grad_()
+        layers = list(keep.layers)
+        layers[1] = LayerKeep(layers[1].gate, width, None)
+        probe(parent.logits(random_tokens(shape), Keep(keep.hidden, tuple(layers)))).backward()
+        found.append(width.grad)
+    assert found[0].abs().min() > 0
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_bfloat16_is_finite_and_near_float32(run: str) -> None:
+    shape = tiny_shape()
+    parent, tokens = random_parent(shape), random_tokens(shape, time=20)
+    member = {"whole": None, "sliced": tiny_member(), "masked": hard_keep(shape, tiny_member())}[
+        run
+    ]
+    exact = parent.logits(tokens, member)
+    half = parent.bfloat16()
+    assert half(tokens, member).dtype == torch.bfloat16
+    rounded = half.logits(tokens, member)
+    assert rounded.dtype == torch.float32
+    assert_near(rounded, exact, torch.bfloat16)
+    for gradient in gradients(half, probe(rounded)).values():
+        assert gradient.isfinite().all()
+
+
+def test_autocast_runs_float32_weights_near_float32() -> None:
+    shape = tiny_shape()
+    parent, tokens = random_parent(shape), random_tokens(shape, time=20)
+    for member in RUNS.values():
+        exact = parent.logits(tokens, member)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = parent.logits(tokens, member)
+        assert_near(mixed, exact, torch.bfloat16)
+
+
+def test_a_batch_may_mix_members() -> None:
+    """Each row under its own masks computes what it computes alone."""
+    shape, tokens = tiny_shape(), random_tokens(tiny_shape(), batch=3)
+    parent = random_parent(shape)
+    each = [Architecture.full(shape), tiny_member(), tiny_member().without({0})]
+    keeps = [hard_keep(shape, member) for member in each]
+    widths = [shape.mamba_num_heads, shape.intermediate_size, shape.num_attention_heads]
+    sizes = dict(zip(("mamba", "mlp", "attention"), widths, strict=True))
+
+    def stacked(name: str, index: int, size: tuple[int, ...]) -> Tensor:
+        """A dropped layer has no masks; any will do, its gate is shut."""
+        masks = [getattr(keep.layers[index], name) for keep in keeps]
+        return torch.cat([torch.ones(1, *size) if mask is None else mask for mask in masks])
+
+    layers = tuple(
+        LayerKeep(
+            stacked("gate", index, ()),
+            stacked("width", index, (sizes[kind],)),
+            stacked("channels", index, (shape.mamba_head_dim,)) if kind == "mamba" else None,
+        )
+        for index, kind in enumerate(shape.kinds)
+    )
+    mixed = parent.logits(tokens, Keep(torch.cat([keep.hidden for keep in keeps]), layers))
+    for row, member in enumerate(each):
+        assert_near(mixed[row : row + 1], parent.logits(tokens[row : row + 1], member))
+
+
+@given(shapes(), st.data())
+def test_one_parent_runs_many_members_without_mixing_them_up(
+    shape: ParentShape, data: st.DataObject
+) -> None:
+    """Cuts are remembered per member: a second run must not see those of the first."""
+    parent, tokens = random_parent(shape), random_tokens(shape)
+    several = [data.draw(architectures(shape)) for _ in range(3)]
+    first = [parent.logits(tokens, member) for member in several]
+    for member, logits in zip(several, first, strict=True):
+        assert torch.equal(random_parent(shape).logits(tokens, member), logits)
+        assert torch.equal(parent.logits(tokens, member), logits)
+
+
+def test_head_weight_and_hidden_states_make_the_logits() -> None:
+    """The chunked loss goes this way instead of through `logits`."""
+    shape, tokens = tiny_shape(), random_tokens(tiny_shape())
+    parent = random_parent(shape)
+    for member in RUNS.values():
+        hidden = parent(tokens, member)
+        logits = hidden @ parent.head_weight(member).T
+        assert_near(logits, parent.logits(tokens, member))
+    assert parent.head_weight(tiny_member()).shape == (shape.vocab_size, 8)
+
+
+# A random start.
+
+
+def test_initialise_sets_every_weight_and_depends_on_the_generator_only() -> None:
+    shape = tiny_shape(intermediate_size=64, hidden_size=24)
+    parent = HybridParent(shape)
+    with torch.no_grad():
+        for weight in parent.parameters():
+            weight.fill_(torch.nan)
+    parent.initialise(torch.Generator().manual_seed(3))
+    again = HybridParent(shape).initialise(torch.Generator().manual_seed(3))
+    other = HybridParent(shape).initialise(torch.Generator().manual_seed(4))
+    for name, weight in parent.named_parameters():
+        assert weight.isfinite().all(), name
+        assert torch.equal(weight, again.get_parameter(name)), name
+    assert not torch.equal(parent.lm_head.weight, other.lm_head.weight)
+    steps = torch.nn.functional.softplus(parent.backbone.layers[0].mixer.dt_bias)
+    assert shape.time_step_min <= steps.min() * (1 + 1e-4)
+    assert steps.max() <= 0.1 * (1 + 1e-4)
+    outputs = parent.backbone.layers[1].mixer.down_proj.weight.std()
+    inputs = parent.backbone.layers[1].mixer.up_proj.weight.std()
+    assert (outputs / inputs).item() == pytest.approx(len(shape.pattern) ** -0.5, rel=0.1)
+
+
+def test_a_tied_head_is_one_tensor() -> None:
+    parent = random_parent(tiny_shape(tied_head=True))
+    assert parent.lm_head.weight is parent.backbone.embeddings.weight
+    assert "lm_head.weight" not in dict(parent.named_parameters())

@@ -1,0 +1,180 @@
+"""Law 6 for the scan: the chunked form against the step-by-step specification.
+
+Compared: outputs, and gradients of all six inputs, for any length, grouping and chunk.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import TOLERANCE, difference
+from torch import Tensor
+
+from elastic.parent.ssd import resolve_kernels, scan
+from elastic.parent.ssd_ref import CHUNK, ssd_chunked, ssd_recurrent
+
+Inputs = tuple[Tensor, ...]
+
+
+def random_inputs(
+    time: int,
+    heads: int = 4,
+    groups: int = 2,
+    channels: int = 3,
+    states: int = 5,
+    dtype: torch.dtype = torch.float32,
+    step: float = 1.0,
+    decay: float = 16.0,
+) -> Inputs:
+    """x, dt, a, b, c, d of `ssd_recurrent` for a batch of two; leaves that take a gradient."""
+    generator = torch.Generator().manual_seed(time)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = (
+        normal(2, time, heads, channels),
+        step * F.softplus(normal(2, time, heads)),
+        -decay * torch.rand(heads, generator=generator),
+        normal(2, time, groups, states),
+        normal(2, time, groups, states),
+        normal(heads),
+    )
+    return tuple(value.to(dtype).requires_grad_() for value in inputs)
+
+
+def outputs_and_gradients(run: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
+    """y, then the gradient of each input."""
+    y = run(*inputs)
+    weights = torch.linspace(-1, 1, y.numel()).sin().view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y.float() * weights).sum(), inputs)]
+
+
+def furthest(actual: list[Tensor], expected: list[Tensor]) -> float:
+    return max(difference(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@given(
+    time=st.integers(1, 70),
+    per_group=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    states=st.integers(1, 4),
+    chunk=st.integers(1, 90),
+)
+def test_chunked_equals_recurrent_in_outputs_and_gradients(
+    time: int, per_group: int, groups: int, channels: int, states: int, chunk: int
+) -> None:
+    inputs = random_inputs(time, per_group * groups, groups, channels, states)
+    slow = outputs_and_gradients(ssd_recurrent, inputs)
+    fast = outputs_and_gradients(lambda *i: ssd_chunked(*i, chunk=chunk), inputs)
+    assert furthest(fast, slow) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("time", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
+def test_default_chunk_equals_recurrent_around_its_borders(time: int) -> None:
+    inputs = random_inputs(time, decay=0.1)  # slow decay: far chunks are still felt
+    slow = outputs_and_gradients(ssd_recurrent, inputs)
+    fast = outputs_and_gradients(ssd_chunked, inputs)
+    assert furthest(fast, slow) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6], ids="groups={}".format)
+def test_head_i_reads_the_b_and_c_of_its_group(groups: int) -> None:
+    """Both scans against each head alone with its group's B and C: no mix-up can hide in both."""
+    heads = 6
+    x, dt, a, b, c, d = random_inputs(9, heads, groups)
+    for run in (ssd_recurrent, ssd_chunked):
+        together = run(x, dt, a, b, c, d)
+        for head in range(heads):
+            group = head // (heads // groups)
+            one, own = slice(head, head + 1), slice(group, group + 1)
+            alone = run(x[:, :, one], dt[..., one], a[one], b[:, :, own], c[:, :, own], d[one])
+            assert difference(together[:, :, one], alone) < 1e-5
+
+
+def test_recurrent_equals_the_formula_written_out() -> None:
+    """The specification itself: y_t = sum over s <= t of (c_t . b_s) prod decay dt_s x_s + d x_t."""
+    x, dt, a, b, c, d = (value.detach()[:1] for value in random_inputs(6, 1, 1, 1, 4))
+    expected = []
+    for t in range(6):
+        y = d[0] * x[0, t, 0, 0]
+        for s in range(t + 1):
+            decay = torch.exp(a[0] * dt[0, s + 1 : t + 1, 0].sum())
+            y = y + (c[0, t, 0] @ b[0, s, 0]) * decay * dt[0, s, 0] * x[0, s, 0, 0]
+        expected.append(y)
+    actual = ssd_recurrent(x, dt, a, b, c, d).flatten()
+    assert difference(actual, torch.stack(expected)) < 1e-5
+
+
+def test_a_longer_sequence_begins_like_a_shorter_one() -> None:
+    """Padding and later chunks reach back to no earlier step."""
+    x, dt, a, b, c, d = random_inputs(3 * CHUNK)
+    whole = ssd_chunked(x, dt, a, b, c, d)
+    for time in (1, CHUNK - 3, CHUNK, 2 * CHUNK + 7):
+        part = ssd_chunked(x[:, :time], dt[:, :time], a, b[:, :time], c[:, :time], d)
+        assert difference(whole[:, :time], part) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("run", [ssd_recurrent, ssd_chunked])
+def test_bfloat16_goes_in_and_out_and_is_computed_in_float32(run: Callable[..., Tensor]) -> None:
+    inputs = random_inputs(70, dtype=torch.bfloat16)
+    rounded = tuple(value.detach().float().requires_grad_() for value in inputs)
+    exact = outputs_and_gradients(ssd_recurrent, rounded)
+    half = outputs_and_gradients(run, inputs)
+    assert all(value.dtype == torch.bfloat16 for value in half)
+    assert furthest(half, exact) <= TOLERANCE[torch.bfloat16]
+    assert difference(half[0], exact[0]) < 2**-7, "only the last rounding is in bfloat16"
+
+
+@pytest.mark.parametrize("decay", [1e2, 1e4, 1e6], ids="decay={:g}".format)
+def test_large_decays_stay_finite_in_outputs_and_gradients(decay: float) -> None:
+    inputs = random_inputs(2 * CHUNK + 3, step=10.0, decay=decay)
+    slow = outputs_and_gradients(ssd_recurrent, inputs)
+    fast = outputs_and_gradients(ssd_chunked, inputs)
+    for value in (*slow, *fast):
+        assert value.isfinite().all()
+    # Sums of many large decays cancel in float32, ten times the usual rounding.
+    assert difference(fast[0], slow[0]) <= 10 * TOLERANCE[torch.float32]
+
+
+def test_no_decay_is_a_plain_sum() -> None:
+    x, dt, _, b, c, d = random_inputs(2 * CHUNK + 3)
+    still = torch.zeros(4)
+    assert (
+        difference(ssd_chunked(x, dt, still, b, c, d), ssd_recurrent(x, dt, still, b, c, d))
+        <= (TOLERANCE[torch.float32])
+    )
+
+
+def test_scan_takes_the_chunked_path_on_a_cpu() -> None:
+    inputs = random_inputs(5)
+    assert torch.equal(
+        scan(*inputs, resolve_kernels("auto", torch.device("cpu"))), ssd_chunked(*inputs)
+    )
+
+
+def test_missing_kernels_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^parent\.kernels=mamba_ssm: .* not installed.*torch$"):
+        resolve_kernels("mamba_ssm", torch.device("cpu"))
+    assert resolve_kernels("auto", torch.device("cuda")) == "torch"
+
+
+@pytest.mark.parametrize("mistake", ["group order", "lost carry"])
+def test_the_comparison_notices_a_wrong_scan(mistake: str) -> None:
+    """Guards the guard."""
+    x, dt, a, b, c, d = random_inputs(70, decay=0.1)
+    expected = ssd_recurrent(x, dt, a, b, c, d)
+    if mistake == "group order":
+        actual = ssd_chunked(x, dt, a, b.flip(2), c.flip(2), d)
+    else:
+        parts = [
+            ssd_chunked(x[:, s], dt[:, s], a, b[:, s], c[:, s], d)
+            for s in (slice(0, 64), slice(64, 70))
+        ]
+        actual = torch.cat(parts, dim=1)
+    assert difference(actual, expected) > 100 * TOLERANCE[torch.float32]

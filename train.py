@@ -1,0 +1,15 @@
+"""Train a nested family: python train.py [experiment=NAME] [key=value ...]."""
+
+from elastic.command import command
+from elastic.config import RunConfig
+
+
+def main(config: RunConfig) -> None:
+    """Train as configured."""
+    from elastic.trainer import Run  # imports torch: only once the settings are known to be good
+
+    Run(config).execute()
+
+
+if __name__ == "__main__":
+    command("train", RunConfig, main)
