@@ -1,8 +1,8 @@
 """What a member is, and which members there are: pure data, no torch.
 
-An `Architecture` is one concrete member. A `Space` holds the choices on each axis. A `Selection` says
-which choice was taken: axis -> one index per decision (one for a homogeneous axis, one per layer of
-its kind for a heterogeneous one). Every member is a prefix of the sorted parent.
+An `Architecture` is one concrete member. A `Space` holds the choices on each axis. A `Selection`
+says which choice was taken: axis -> one index per decision (one for a homogeneous axis, one per
+layer of its kind for a heterogeneous one). Every member is a prefix of the sorted parent.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ AXIS_KIND = {
     "mamba_head_dim": "mamba",
     "attention_heads": "attention",
 }
-"""Kind of layer that each per-layer size belongs to; `hidden` and `depth` belong to the whole stack."""
+"""Kind of layer that each per-layer size belongs to; `hidden` and `depth` belong to the whole
+stack."""
 
 LETTERS = {"mamba": "M", "mlp": "-", "attention": "*"}
 
@@ -45,7 +46,8 @@ class MLPLayer:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """A kept attention layer: `num_heads` query heads over all KV groups, the same number in each."""
+    """A kept attention layer: `num_heads` query heads over all KV groups, the same number in
+    each."""
 
     index: int
     num_heads: int
@@ -172,7 +174,8 @@ class Space:
 
     @classmethod
     def build(cls, config: SpaceConfig, shape: ParentShape) -> "Space":
-        """Check the configured choices against the parent; `ConfigError` names what does not fit."""
+        """Check the configured choices against the parent; `ConfigError` names what does not
+        fit."""
         full = {
             "hidden": shape.hidden_size,
             "ffn": shape.intermediate_size,
@@ -197,7 +200,8 @@ class Space:
                 unit = units.get(axis, 1)
                 if value > full[axis]:
                     raise ConfigError(
-                        f"space.{axis}={list(values)}: {value} is larger than the parent's {full[axis]}"
+                        f"space.{axis}={list(values)}: {value} is larger than the parent's "
+                        f"{full[axis]}"
                     )
                 if value % unit:
                     raise ConfigError(
@@ -265,7 +269,8 @@ class Space:
 def droppable_layers(
     shape: ParentShape, drop_attention: bool, drop_ends: bool, count: int
 ) -> tuple[int, ...]:
-    """Parent indices of the layers that may be dropped; `ConfigError` if there are under `count`."""
+    """Parent indices of the layers that may be dropped; `ConfigError` if there are under
+    `count`."""
     last = len(shape.pattern) - 1
     layers = tuple(
         index
@@ -274,7 +279,7 @@ def droppable_layers(
     )
     if count > len(layers):
         raise ConfigError(
-            f"space.depth: drops up to {count} layers, but only {len(layers)} of {shape.pattern} may "
-            "be dropped; keep more, or set importance.drop_attention or importance.drop_ends"
+            f"space.depth: drops up to {count} layers, but only {len(layers)} of {shape.pattern} "
+            "may be dropped; keep more, or set importance.drop_attention or importance.drop_ends"
         )
     return layers

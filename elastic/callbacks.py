@@ -36,7 +36,8 @@ def _log(trainer: L.Trainer, module: L.LightningModule, metrics: dict[str, float
 
 
 class Metrics(Callback):
-    """Named loss terms, router figures, rates and tokens/s, as means over the steps since last time.
+    """Named loss terms, router figures, rates and tokens/s, as means over the steps since last
+    time.
 
     Values stay on the device until a row is written, so that no step waits for one.
     """
@@ -98,7 +99,8 @@ class Metrics(Callback):
 
 
 class Progress(Callback):
-    """One bar per stage: budget, loss, tokens/s and time left; a line now and then without a terminal."""
+    """One bar per stage: budget, loss, tokens/s and time left; a line now and then without a
+    terminal."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -145,7 +147,8 @@ class Progress(Callback):
 
 
 class BudgetValidation(Callback):
-    """Every budget on fixed text: loss, KL to the teacher, gap to the parent; and the sizes chosen."""
+    """Every budget on fixed text: loss, KL to the teacher, gap to the parent; and the sizes
+    chosen."""
 
     def __init__(self, data: DataLoader[Tensor], every: int) -> None:
         self.data, self.every = data, every
@@ -226,7 +229,8 @@ class BudgetValidation(Callback):
 
 
 class Checkpoints(Callback):
-    """checkpoints/last.ckpt: everything a run needs to go on, every few steps and at each stage's end."""
+    """checkpoints/last.ckpt: everything a run needs to go on, every few steps and at each stage's
+    end."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every

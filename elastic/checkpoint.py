@@ -66,7 +66,8 @@ def write_elastic(
     ranking: Ranking,
     tokens_seen: dict[str, int],
 ) -> None:
-    """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until then."""
+    """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
+    then."""
     budgets = {
         name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
         for name, choice in choices.items()

@@ -1,8 +1,10 @@
-"""What every command does around its work: compose, parse, run, and say what is wrong in one line."""
+"""What every command does around its work: compose, parse, run, and say what is wrong in one
+line."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,12 +35,18 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in raw:
             OmegaConf.update(raw, "run_dir", hydra_config.runtime.output_dir)
-        run(parse(raw, schema))
+        with one_line():  # here too: past this point Hydra would print a line of its own
+            run(parse(raw, schema))
 
-    try:
+    @contextmanager
+    def one_line() -> Iterator[None]:
+        try:
+            yield
+        except (HydraException, OmegaConfBaseException, ValueError, FileExistsError) as error:
+            if show_traceback:
+                raise
+            print(f"error: {explain(error)}", file=sys.stderr)
+            sys.exit(2)
+
+    with one_line():
         main()
-    except (HydraException, OmegaConfBaseException, ValueError, FileExistsError) as error:
-        if show_traceback:
-            raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(2)

@@ -1,8 +1,8 @@
 """What a member costs, in closed form: parameters, bytes and FLOPs. No torch.
 
 The formulas use only + and *, so that they take integers (an `Architecture`, exact) as well as
-differentiable scalars (the expected sizes of a router). With independent axes the expected cost *is*
-the cost of the expected sizes, because every formula is linear in each axis on its own.
+differentiable scalars (the expected sizes of a router). With independent axes the expected cost
+*is* the cost of the expected sizes, because every formula is linear in each axis on its own.
 """
 
 from collections.abc import Sequence
@@ -110,9 +110,9 @@ def conv_state_bytes(
 def flops_per_token(shape: ParentShape, architecture: Architecture, context: int) -> int:
     """Forward FLOPs per token at a mean over a causal context of that length.
 
-    A multiply-add counts as two. Matrix products count every weight once per token, attention scores
-    and values half the context (causal); the scan is counted in its recurrent form: decay, input and
-    readout of a (head_dim x state) matrix per head, 5 operations per element.
+    A multiply-add counts as two. Matrix products count every weight once per token, attention
+    scores and values half the context (causal); the scan is counted in its recurrent form: decay,
+    input and readout of a (head_dim x state) matrix per head, 5 operations per element.
     """
     hidden = architecture.hidden_size
     total = 2 * hidden * shape.vocab_size

@@ -1,4 +1,5 @@
-"""Stages as pure functions: tokens seen -> where we are, which budget, which learning rate. No torch."""
+"""Stages as pure functions: tokens seen -> where we are, which budget, which learning rate. No
+torch."""
 
 import math
 import random
@@ -33,7 +34,8 @@ class Stage:
         return self.steps * self.config.batch_tokens
 
     def progress(self, step: int) -> float:
-        """Share of all tokens of this mode that were seen before optimizer step `step` of the stage."""
+        """Share of all tokens of this mode that were seen before optimizer step `step` of the
+        stage."""
         return (self.tokens_before + step * self.config.batch_tokens) / self.tokens_of_mode
 
 
@@ -44,7 +46,7 @@ def plan(stages: Mapping[str, StageConfig], trainer: TrainerConfig) -> list[Stag
     totals = dict(seen)
     for name, stage in stages.items():
         totals[stage.mode] += steps[name] * stage.batch_tokens
-    planned = []
+    planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
         micro = trainer.micro_batch_tokens or stage.batch_tokens // trainer.world_size
         planned.append(
@@ -84,7 +86,8 @@ def draw_budget(probabilities: Mapping[str, float], seed: int) -> str:
 
 
 def learning_rate_factor(stage: StageConfig, steps: int, step: int) -> float:
-    """Linear warmup, then a cosine down to `final_lr_ratio`; a share of the peak, at `step` of `steps`."""
+    """Linear warmup, then a cosine down to `final_lr_ratio`; a share of the peak, at `step` of
+    `steps`."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     span = max(1, steps - stage.warmup_steps)

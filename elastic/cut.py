@@ -1,8 +1,8 @@
 """Which part of every stored tensor a member keeps: the one table behind slicing and extraction.
 
-Pure data, no torch. Execution narrows the parent's weights by it, extraction reads only those ranges
-from disk, so that the two cannot disagree about what a prefix is (arXiv 2511.16664, section 3.2, and
-arXiv 2504.11409 for the group-aware SSM cut).
+Pure data, no torch. Execution narrows the parent's weights by it, extraction reads only those
+ranges from disk, so that the two cannot disagree about what a prefix is (arXiv 2511.16664, section
+3.2, and arXiv 2504.11409 for the group-aware SSM cut).
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ def prefix(kept: int, size: int) -> Ranges | None:
 
 
 def grouped(groups: int, units: int, kept: int, width: int, kept_width: int) -> Ranges | None:
-    """In (groups, units, width) flattened: the first `kept` units of every group, `kept_width` of each.
+    """In (groups, units, width) flattened: the first `kept` units of every group, `kept_width` of
+    each.
 
     `units` is the number of units per group and `width` the size of a unit.
     """

@@ -66,7 +66,8 @@ class Family:
         return list(self.targets)
 
     def draw(self, budget: str, progress: float, seed: int) -> Draw:
-        """The member of `budget` for one forward pass; `progress` 0..1 is over all elastic tokens."""
+        """The member of `budget` for one forward pass; `progress` 0..1 is over all elastic
+        tokens."""
         if self.frozen is not None:
             return Draw(self.member(self.frozen[budget]), {}, {})
         now = schedule(self.config, progress / self.config.freeze_at)
@@ -103,7 +104,8 @@ class Family:
         return self.search.family(self.targets, log_probabilities, self.nested)
 
     def freeze_if_due(self, progress: float) -> bool:
-        """Fix the choices when the schedule says so, or when they have settled; True if just now."""
+        """Fix the choices when the schedule says so, or when they have settled; True if just
+        now."""
         if self.frozen is not None:
             return False
         due = progress >= self.config.freeze_at or self._has_settled(progress)
@@ -121,7 +123,8 @@ class Family:
         if self.config.settled_steps == 0:
             return False
         scale = schedule(self.config, progress / self.config.freeze_at).scale
-        picks, sure = [], True
+        picks: list[tuple[str, int]] = []
+        sure = True
         for index in range(len(self.names)):
             for axis, values in self.router.log_probabilities(index, scale).items():
                 picks.extend((axis, int(pick)) for pick in values.argmax(-1))

@@ -26,7 +26,8 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write; it becomes `path` if the block ends well, else it is gone."""
+    """Yield a temporary name to write; it becomes `path` if the block ends well, else it is
+    gone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -40,7 +41,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory to fill; it becomes `path` if the block ends well, else it is gone.
+    """Yield a temporary directory to fill; it becomes `path` if the block ends well, else it is
+    gone.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false; nothing is written.

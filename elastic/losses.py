@@ -29,7 +29,8 @@ def distillation_dense(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def distillation(student: Head, teacher: Head, temperature: float, chunk: int) -> Tensor:
-    """`distillation_dense` from hidden states, `chunk` tokens at a time. No gradient to the teacher."""
+    """`distillation_dense` from hidden states, `chunk` tokens at a time. No gradient to the
+    teacher."""
     head, teacher_head = student[1], teacher[1].detach()
 
     def of_chunk(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -112,7 +113,8 @@ def router_terms(
     distributions: Mapping[str, Tensor],
     config: ObjectiveConfig,
 ) -> dict[str, Tensor]:
-    """Named router losses; `total` is their weighted sum. Only the full budget has an identity loss."""
+    """Named router losses; `total` is their weighted sum. Only the full budget has an identity
+    loss."""
     terms = {"budget": budget_distance(expected, target)}
     total = config.budget_weight * terms["budget"]
     if is_full:

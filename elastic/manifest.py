@@ -1,4 +1,5 @@
-"""elastic.json: what an elastic checkpoint contains, and which prefixes each member is. No torch."""
+"""elastic.json: what an elastic checkpoint contains, and which prefixes each member is. No
+torch."""
 
 import json
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Distributions over choices -> keep masks. Pure functions of tensors, batch first, 1.0 keeps.
 
-With prefix masks the expectation over choices is a staircase: unit i stays with the probability that
-the kept prefix is longer than i (arXiv 2511.16664, section 3.2, soft masks).
+With prefix masks the expectation over choices is a staircase: unit i stays with the probability
+that the kept prefix is longer than i (arXiv 2511.16664, section 3.2, soft masks).
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -105,7 +106,7 @@ class ElasticModule(L.LightningModule):
         """What the frozen parent says about a batch."""
         return None if self.teacher is None else self.head(self.teacher, batch, None)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW; vectors and scalars are never decayed, the router has a rate of its own."""
         stage, optim = self.stage.config, self.optim
         weights = list(self.parent.parameters())
@@ -128,7 +129,8 @@ class ElasticModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Zeros, not None: a layer that no member of the step ran has a gradient, and it is zero."""
+        """Zeros, not None: a layer that no member of the step ran has a gradient, and it is
+        zero."""
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if weight.requires_grad:

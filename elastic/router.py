@@ -1,8 +1,8 @@
 """Budget -> distribution over the choices of every axis (arXiv 2511.16664, section 3.3).
 
-One small network per axis reads the one-hot budget. Its logits, scaled and with Gumbel noise, give a
-softmax whose temperature falls while training goes on. Nothing here is random by itself: the noise
-comes from a generator that the caller seeds.
+One small network per axis reads the one-hot budget. Its logits, scaled and with Gumbel noise, give
+a softmax whose temperature falls while training goes on. Nothing here is random by itself: the
+noise comes from a generator that the caller seeds.
 """
 
 import math
@@ -32,7 +32,8 @@ class Schedule:
 
 
 def schedule(config: RouterConfig, progress: float) -> Schedule:
-    """Temperature falls geometrically, scale grows linearly; `progress` 0..1 is the way to the freeze."""
+    """Temperature falls geometrically, scale grows linearly; `progress` 0..1 is the way to the
+    freeze."""
     progress = min(max(progress, 0.0), 1.0)
     ratio = config.temperature_end / config.temperature_start
     scale = config.scale_start + (config.scale_end - config.scale_start) * progress

@@ -41,7 +41,8 @@ def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[
     for name, target in targets.items():
         if target > full:
             raise ConfigError(
-                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's {full:,}"
+                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's "
+                f"{full:,}"
             )
     if len(set(targets.values())) < len(targets):
         raise ConfigError(f"budgets: targets must differ, got {targets}")
@@ -126,7 +127,9 @@ class Search:
         heap: list[tuple[float, int, bool, Selection]] = []
         ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
         for number, indices in enumerate(itertools.product(*ranges)):
-            once = {axis: (index,) for axis, index in zip(self._once, indices, strict=True)}
+            once: Selection = {
+                axis: (index,) for axis, index in zip(self._once, indices, strict=True)
+            }
             bound = self._score(log_probabilities, once)
             for axis in self._layered:  # the best that the layers could add
                 for layer, floor in enumerate(outer[axis]):
@@ -257,7 +260,9 @@ class Search:
         below, above = 0, 0
         ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
         for indices in itertools.product(*ranges):
-            once = {axis: (index,) for axis, index in zip(self._once, indices, strict=True)}
+            once: Selection = {
+                axis: (index,) for axis, index in zip(self._once, indices, strict=True)
+            }
             base, tables = self._layer_tables(flat, once, outer)
             costs = np.array([base])
             for _, more_costs, more_scores, _, _ in tables:
@@ -287,7 +292,8 @@ def check_reachable(
     tolerance: float,
     nested: bool,
 ) -> None:
-    """Stop before any work if some target cannot be met, whatever the depth ranking turns out to be.
+    """Stop before any work if some target cannot be met, whatever the depth ranking turns out to
+    be.
 
     The ranking is not known yet, so that a few drop orders stand for all: by index, from the end,
     and each kind of layer first. The real one is checked again as soon as it is there.
@@ -298,7 +304,8 @@ def check_reachable(
     )
     orders = [layers, layers[::-1]]
     for kind in sorted(set(shape.kinds)):
-        orders.append(tuple(sorted(layers, key=lambda layer, k=kind: shape.kinds[layer] != k)))
+        first = [layer for layer in layers if shape.kinds[layer] == kind]
+        orders.append((*first, *(layer for layer in layers if layer not in first)))
     error: ConfigError | None = None
     for order in dict.fromkeys(order[: space.max_dropped] for order in orders):
         try:

@@ -36,6 +36,11 @@ MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
 """Settings that a resumed run may set anew; the others would make it another run."""
 
 
+def global_rank() -> int:
+    """Rank of this process over all nodes; 0 writes."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
+
+
 class Run:
     """One run: everything is checked before anything is written."""
 
@@ -61,7 +66,7 @@ class Run:
         """Run every stage that is not done yet; returns the elastic checkpoint's directory."""
         start = time.monotonic()
         torch.manual_seed(self.config.seed)  # nothing draws from it; libraries might
-        if rank_zero_only.rank == 0:
+        if global_rank() == 0:
             self._write_config()
             self.data.save(self.run_dir / "data")
         loggers = build_loggers(self.config, self.run_dir)
@@ -70,7 +75,7 @@ class Run:
             log.info("resuming stage %s at step %d", resumed["stage"], resumed["step"])
             done = self._stage(resumed["stage"]).steps_before + resumed["step"]
             for logger in loggers:
-                if isinstance(logger, MetricsFile) and rank_zero_only.rank == 0:
+                if isinstance(logger, MetricsFile) and global_rank() == 0:
                     logger.forget_after(done)
         parent = self._trained_parent(loggers, resumed)
         if resumed is not None and self._stage(resumed["stage"]).config.mode == "pretrain":
@@ -145,7 +150,7 @@ class Run:
             seed=self.config.seed,
             stage_name=stage.name,
             start_micro_step=start_micro_step,
-            rank=rank_zero_only.rank or 0,
+            rank=global_rank(),
             world_size=self.config.trainer.world_size,
         )
 
@@ -189,7 +194,7 @@ class Run:
         if not pretrain:
             return parent
         self._run_stages(pretrain, parent, None, None, loggers, resumed)
-        if rank_zero_only.rank == 0:
+        if global_rank() == 0:
             elastic_checkpoint.write_parent(trained, parent, self.data.tokenizer, self.base_config)
             log.info("parent written to %s", trained)
         return parent
@@ -319,7 +324,7 @@ class Run:
         ranking: Ranking,
         progress: float,
     ) -> None:
-        if rank_zero_only.rank != 0:
+        if global_rank() != 0:
             return
         choices = family.choices(progress)
         seen = {s.name: s.tokens for s in self.stages if s.index <= stage.index}

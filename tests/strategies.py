@@ -8,8 +8,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic.architecture import Architecture, AttentionLayer, Layer, MambaLayer, MLPLayer
-from elastic.config import ParentShape
+from elastic.architecture import (
+    Architecture,
+    AttentionLayer,
+    Layer,
+    MambaLayer,
+    MLPLayer,
+    Selection,
+    Space,
+)
+from elastic.config import AXES, LAYERED_AXES, ParentShape, SpaceConfig
 from elastic.cut import Ranges, member_cuts, tensor_shapes
 from elastic.parent import HybridParent
 from elastic.parent.weights import stock_config
@@ -126,6 +134,42 @@ def members(
     """A drawn parent and one of its members."""
     shape = draw(shapes(max_layers=max_layers))
     return shape, draw(architectures(shape, homogeneous))
+
+
+@st.composite
+def spaces(draw: st.DrawFn, shape: ParentShape) -> Space:
+    """Any choices on any axes of a parent, set per layer or once."""
+
+    def choices(size: int, unit: int = 1) -> list[int] | None:
+        smaller = draw(st.sets(st.integers(1, size // unit), max_size=3))
+        sizes = sorted({count * unit for count in smaller} | {size}, reverse=True)
+        return None if len(sizes) == 1 and draw(st.booleans()) else sizes
+
+    axes = {
+        "hidden": choices(shape.hidden_size),
+        "depth": choices(len(shape.pattern)),
+    }
+    if "mlp" in shape.kinds:
+        axes["ffn"] = choices(shape.intermediate_size)
+    if "mamba" in shape.kinds:
+        axes["mamba_heads"] = choices(shape.mamba_num_heads, shape.n_groups)
+        axes["mamba_head_dim"] = choices(shape.mamba_head_dim)
+    if "attention" in shape.kinds:
+        axes["attention_heads"] = choices(shape.num_attention_heads, shape.num_key_value_heads)
+    layered = [axis for axis in LAYERED_AXES if axes.get(axis) is not None]
+    heterogeneous = sorted(draw(st.sets(st.sampled_from(layered)))) if layered else []
+    return Space.build(SpaceConfig(heterogeneous=heterogeneous, **axes), shape)
+
+
+@st.composite
+def selections(draw: st.DrawFn, space: Space) -> Selection:
+    """One choice per decision."""
+    return {
+        axis: tuple(
+            draw(st.integers(0, len(space.choices[axis]) - 1)) for _ in range(space.decisions(axis))
+        )
+        for axis in AXES
+    }
 
 
 def random_parent(shape: ParentShape, seed: int = 0, kernels: str = "torch") -> HybridParent:

@@ -62,10 +62,10 @@ def load_corpus(config: DataConfig) -> Corpus:
             documents = _read_hub(config)
     every, count = config.validation_every, len(documents)
     if count < every:
-        allowed = f"at most {count}, or give more documents" if count >= 2 else "given more text"
         raise ConfigError(
-            f"data.validation_every={every}: the corpus has only {count} document(s) and every "
-            f"{every}th is held out for validation; must be {allowed}"
+            f"data.validation_every={every}: the corpus has only {count} document(s), so that none "
+            "would be held out for validation; must be at most the number of documents, and at "
+            "least 2 (data.path can name more or smaller files)"
         )
     held_out = np.arange(count) % every == every - 1
     return Corpus(

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ class _Statistic:
         return total.float().cpu()
 
 
+def _heads_of(statistic: _Statistic, heads: int, part: slice) -> Callable[[Tensor], None]:
+    """Feed `part` of the last dimension, as (..., heads, units per head)."""
+    return lambda values: statistic.add(values[..., part].unflatten(-1, (heads, -1)))
+
+
 @contextmanager
 def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[str, _Statistic]]:
     """Hooks that feed the statistics while the block runs."""
@@ -58,6 +64,7 @@ def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[
         hooks.append(module.register_forward_pre_hook(lambda _m, inputs: use(inputs[0])))
 
     output_of(parent.backbone.norm_f, statistics["hidden"].add)
+    block: Any  # nn.Module attributes have no types
     for index, block in enumerate(parent.backbone.layers):
         output_of(block.norm, statistics["hidden"].add)
         statistic = statistics[f"layer.{index}"] = _Statistic(config.aggregation)
@@ -67,15 +74,11 @@ def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[
         elif block.kind == "mlp":
             output_of(mixer.up_proj, statistic.add)
         elif block.kind == "attention":
-            heads = (shape.num_attention_heads, shape.head_dim)
-            input_of(mixer.o_proj, lambda x, s=statistic, n=heads: s.add(x.unflatten(-1, n)))
+            input_of(mixer.o_proj, _heads_of(statistic, shape.num_attention_heads, slice(None)))
         else:  # the x rows of in_proj follow those of z
             inner = shape.mamba_num_heads * shape.mamba_head_dim
-            heads = (shape.mamba_num_heads, shape.mamba_head_dim)
-            output_of(
-                mixer.in_proj,
-                lambda y, s=statistic, i=inner, n=heads: s.add(y[..., i : 2 * i].unflatten(-1, n)),
-            )
+            use = _heads_of(statistic, shape.mamba_num_heads, slice(inner, 2 * inner))
+            output_of(mixer.in_proj, use)
     try:
         yield statistics
     finally:

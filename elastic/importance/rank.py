@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.architecture import Space
-from elastic.config import ImportanceConfig
+from elastic.config import ImportanceConfig, ParentShape
 from elastic.files import atomic_file, digest
 from elastic.importance.collect import collect_scores, rank_layers
 from elastic.importance.score import Orders, rank_widths
@@ -54,7 +54,8 @@ def rank(
     data_fingerprint: str,
     path: Path,
 ) -> Ranking:
-    """Scores of every axis, from `path` if they were computed from the same parent, data and settings.
+    """Scores of every axis, from `path` if they were computed from the same parent, data and
+    settings.
 
     calibration (samples, t) int64. Only what the space can drop or shrink needs a depth ranking.
     """
@@ -83,6 +84,15 @@ def rank(
         log.info("importance scores reused from %s", path)
     orders = rank_widths(parent.shape, scores, smallest_head_dim)
     return Ranking(orders, tuple(order), key, rounds)
+
+
+def read_orders(path: Path, shape: ParentShape, smallest_head_dim: int) -> Orders:
+    """Width orders of a finished ranking; `ValueError` when there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; the run has not ranked its parent yet")
+    with safe_open(path, framework="pt") as file:
+        scores = {name: file.get_tensor(name) for name in file.keys()}
+    return rank_widths(shape, scores, smallest_head_dim)
 
 
 def _load(

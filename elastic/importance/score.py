@@ -14,8 +14,8 @@ class Orders:
     """Permutations that sort the parent: entry 0 is the index of the most important component.
 
     `hidden` is (d,) for the whole network; the others have one entry per layer of their kind, by
-    parent layer index: `ffn` (f,), `mamba_heads` (h,) and `attention_heads` (q,) permute only inside
-    their SSM or KV group, `mamba_channels` (p,) is shared by all heads of the layer.
+    parent layer index: `ffn` (f,), `mamba_heads` (h,) and `attention_heads` (q,) permute only
+    inside their SSM or KV group, `mamba_channels` (p,) is shared by all heads of the layer.
     """
 
     hidden: Tensor
@@ -26,7 +26,8 @@ class Orders:
 
 
 def descending(scores: Tensor) -> Tensor:
-    """Indices from the highest score to the lowest; ties keep their order, so that it is repeatable."""
+    """Indices from the highest score to the lowest; ties keep their order, so that it is
+    repeatable."""
     return torch.sort(scores, descending=True, stable=True).indices
 
 
@@ -40,9 +41,9 @@ def within_groups(scores: Tensor, groups: int) -> Tensor:
 def mamba_orders(scores: Tensor, groups: int, kept_channels: int) -> tuple[Tensor, Tensor]:
     """Channels first, then heads on the channels that the smallest member keeps.
 
-    scores (h, p): activations of the x projection. A channel counts with its L2 norm over all heads,
-    a head with the L2 norm over the best `kept_channels` channels, ranked inside its SSM group.
-    Returns the order of heads (h,) and of channels (p,).
+    scores (h, p): activations of the x projection. A channel counts with its L2 norm over all
+    heads, a head with the L2 norm over the best `kept_channels` channels, ranked inside its SSM
+    group. Returns the order of heads (h,) and of channels (p,).
     """
     channels = descending(scores.norm(dim=0))
     heads = within_groups(scores[:, channels[:kept_channels]].norm(dim=1), groups)

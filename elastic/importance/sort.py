@@ -1,7 +1,9 @@
-"""Permute the parent's weights once, so that every member is a prefix. The function stays the same."""
+"""Permute the parent's weights once, so that members are prefixes; the function stays the same."""
+
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic.config import ParentShape
 from elastic.importance.score import Orders
@@ -38,6 +40,7 @@ def sort_parent(parent: HybridParent, orders: Orders, check: bool = True) -> Non
     if not shape.tied_head:
         _permute(parent.lm_head.weight, 1, hidden)
     _permute(parent.backbone.norm_f.weight, 0, hidden)
+    block: Any  # nn.Module attributes have no types
     for index, block in enumerate(parent.backbone.layers):
         mixer = block.mixer
         _permute(block.norm.weight, 0, hidden)
@@ -59,7 +62,7 @@ def sort_parent(parent: HybridParent, orders: Orders, check: bool = True) -> Non
             _permute(mixer.out_proj.weight, 0, hidden)
 
 
-def _sort_mamba(mixer: nn.Module, shape: ParentShape, heads: Tensor, channels: Tensor) -> None:
+def _sort_mamba(mixer: Any, shape: ParentShape, heads: Tensor, channels: Tensor) -> None:
     """Heads within groups, channels alike in every head; B and C are not touched."""
     width = shape.mamba_head_dim
     units = (heads[:, None] * width + channels).flatten()  # (h * p,)

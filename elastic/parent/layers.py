@@ -37,7 +37,8 @@ class LayerKeep:
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep masks of the whole parent; `hidden` is (b, d), `layers` has one entry per parent layer."""
+    """Keep masks of the whole parent; `hidden` is (b, d), `layers` has one entry per parent
+    layer."""
 
     hidden: Tensor | None
     layers: tuple[LayerKeep, ...]

@@ -17,7 +17,8 @@ def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
 
         state_t = exp(dt_t a) state_{t-1} + dt_t x_t b_t^T,    y_t = state_t c_t + d x_t
 
-    x (b, t, h, p), dt (b, t, h) positive, a (h,) negative, b and c (b, t, g, n), d (h,) -> (b, t, h, p).
+    x (b, t, h, p), dt (b, t, h) positive, a (h,) negative, b and c (b, t, g, n), d (h,) -> (b, t,
+    h, p).
     """
     heads = x.shape[2] // b.shape[2]
     dtype, x, dt, a = x.dtype, x.float(), dt.float(), a.float()

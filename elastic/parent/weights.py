@@ -31,7 +31,8 @@ _INDEX = "model.safetensors.index.json"
 
 
 def locate(path: str) -> Path:
-    """A local directory as it is; a hub id is downloaded (safetensors, config and tokenizer only)."""
+    """A local directory as it is; a hub id is downloaded (safetensors, config and tokenizer
+    only)."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -156,7 +157,8 @@ class TensorStore:
     """The tensors of a checkpoint directory, read one at a time from memory-mapped shards.
 
     Raises:
-        ValueError: a shard is missing or damaged, or a tensor is absent, unknown or of another shape
+        ValueError: a shard is missing or damaged, or a tensor is absent, unknown or of another
+        shape
             than config.json says.
     """
 

@@ -1,5 +1,6 @@
 """Sources end as documents in a stable order, and what is wrong with them is said in one line."""
 
+import glob
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from elastic.data.corpus import (
     _stdlib_root,
     corpus_fingerprint,
     load_corpus,
+    reason,
     stdlib_files,
     text_batches,
 )
@@ -74,7 +76,9 @@ def test_undecodable_library_files_are_skipped(
     assert corpus.train["text"][:] == ["a"] and corpus.validation["text"][:] == ["c"]
 
 
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = glob.glob
+    monkeypatch.setattr(glob, "glob", lambda *a, **k: sorted(found(*a, **k), reverse=True))
     write(tmp_path / "b" / "2.txt", "third\n\nand\n")
     write(tmp_path / "a[1].txt", "first\n")  # brackets in a name are not a pattern
     write(tmp_path / "b" / "1.txt", "second\n")
@@ -154,6 +158,13 @@ def test_batches_are_bounded_by_size_and_leave_out_nothing_but_empty_text() -> N
     texts = ["a" * 3, "", "b" * 4, "c" * 20, None, "d", "e"]
     batches = list(text_batches(datasets.Dataset.from_dict({"text": texts}), characters=6))
     assert batches == [["aaa", "bbbb"], ["c" * 20], ["d", "e"]]
+
+
+def test_the_reason_is_the_first_line_of_the_root_cause() -> None:
+    outer, inner = RuntimeError("wrapped"), ValueError("\nthis\nand that")
+    outer.__cause__ = inner
+    assert reason(outer) == "this"
+    assert reason(StopIteration()) == "StopIteration"
 
 
 def test_no_progress_bars_in_a_log_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, setting: str) -> None
         with pytest.raises(ConfigError, match=f"^{setting}={path}: .*must be") as error:
             load_tokenizer(path, setting)
         assert "\n" not in str(error.value)
+    assert "there is no such directory" in str(error.value)  # said without asking the hub
 
 
 def test_a_tokenizer_that_needs_remote_code_is_refused(

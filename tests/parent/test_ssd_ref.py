@@ -27,7 +27,7 @@ def random_inputs(
     states: int = 5,
     dtype: torch.dtype = torch.float32,
     step: float = 1.0,
-    decay: float = 16.0,
+    decay: float = 1.0,
 ) -> Inputs:
     """x, dt, a, b, c, d of `ssd_recurrent` for a batch of two; leaves that take a gradient."""
     generator = torch.Generator().manual_seed(time)
@@ -53,8 +53,11 @@ def outputs_and_gradients(run: Callable[..., Tensor], inputs: Inputs) -> list[Te
     return [y.detach(), *torch.autograd.grad((y.float() * weights).sum(), inputs)]
 
 
-def furthest(actual: list[Tensor], expected: list[Tensor]) -> float:
-    return max(difference(a, e) for a, e in zip(actual, expected, strict=True))
+def assert_agree(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Outputs within the table; gradients within ten times it, their sums cancel."""
+    assert_near(actual[0], expected[0])
+    for name, value, wanted in zip("x dt a b c d".split(), actual[1:], expected[1:], strict=True):
+        assert difference(value, wanted) <= 10 * TOLERANCE[torch.float32], f"gradient of {name}"
 
 
 @given(
@@ -64,14 +67,16 @@ def furthest(actual: list[Tensor], expected: list[Tensor]) -> float:
     channels=st.integers(1, 4),
     states=st.integers(1, 4),
     chunk=st.integers(1, 90),
+    decay=st.sampled_from([0.05, 1.0]),
 )
 def test_chunked_equals_recurrent_in_outputs_and_gradients(
-    time: int, per_group: int, groups: int, channels: int, states: int, chunk: int
+    time: int, per_group: int, groups: int, channels: int, states: int, chunk: int, decay: float
 ) -> None:
-    inputs = random_inputs(time, per_group * groups, groups, channels, states)
+    heads = per_group * groups
+    inputs = random_inputs(time, heads, groups, channels, states, decay=decay)
     slow = outputs_and_gradients(ssd_recurrent, inputs)
     fast = outputs_and_gradients(lambda *i: ssd_chunked(*i, chunk=chunk), inputs)
-    assert furthest(fast, slow) <= TOLERANCE[torch.float32]
+    assert_agree(fast, slow)
 
 
 @pytest.mark.parametrize("time", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
@@ -79,7 +84,7 @@ def test_default_chunk_equals_recurrent_around_its_borders(time: int) -> None:
     inputs = random_inputs(time, decay=0.1)  # slow decay: far chunks are still felt
     slow = outputs_and_gradients(ssd_recurrent, inputs)
     fast = outputs_and_gradients(ssd_chunked, inputs)
-    assert furthest(fast, slow) <= TOLERANCE[torch.float32]
+    assert_agree(fast, slow)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6], ids="groups={}".format)
@@ -97,7 +102,7 @@ def test_head_i_reads_the_b_and_c_of_its_group(groups: int) -> None:
 
 
 def test_recurrent_equals_the_formula_written_out() -> None:
-    """The specification itself: y_t = sum over s <= t of (c_t . b_s) prod decay dt_s x_s + d x_t."""
+    """The specification: y_t = d x_t + sum over s <= t of (c_t . b_s) decay(s, t) dt_s x_s."""
     x, dt, a, b, c, d = (value.detach()[:1] for value in random_inputs(6, 1, 1, 1, 4))
     expected = []
     for t in range(6):
@@ -126,8 +131,8 @@ def test_bfloat16_goes_in_and_out_and_is_computed_in_float32(run: Callable[..., 
     exact = outputs_and_gradients(ssd_recurrent, rounded)
     half = outputs_and_gradients(run, inputs)
     assert all(value.dtype == torch.bfloat16 for value in half)
-    assert furthest(half, exact) <= TOLERANCE[torch.bfloat16]
-    assert difference(half[0], exact[0]) < 2**-7, "only the last rounding is in bfloat16"
+    for value, wanted in zip(half, exact, strict=True):
+        assert difference(value, wanted) < 2**-7, "only the last rounding is in bfloat16"
 
 
 @pytest.mark.parametrize("decay", [1e2, 1e4, 1e6], ids="decay={:g}".format)
@@ -151,10 +156,8 @@ def test_no_decay_is_a_plain_sum() -> None:
 
 
 def test_scan_takes_the_chunked_path_on_a_cpu() -> None:
-    inputs = random_inputs(5)
-    assert torch.equal(
-        scan(*inputs, resolve_kernels("auto", torch.device("cpu"))), ssd_chunked(*inputs)
-    )
+    inputs, kernels = random_inputs(5), resolve_kernels("auto", torch.device("cpu"))
+    assert torch.equal(scan(*inputs, kernels), ssd_chunked(*inputs))
 
 
 def test_missing_kernels_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""Every setting of a run: typed, with units, validated in one place.
+
+`parse` is the one gate from Hydra to the library: past it there is no `DictConfig`, and whatever is
+unknown, of the wrong type or impossible has stopped with one line. Nothing here imports torch, so
+that a typing mistake is reported in a second.
+"""
+
+from elastic.config.checks import ConfigError, explain, parse
+from elastic.config.commands import EvaluateConfig, ExtractConfig, RunConfig
+from elastic.config.model import (
+    AXES,
+    KINDS,
+    LAYERED_AXES,
+    BudgetConfig,
+    ImportanceConfig,
+    ParentConfig,
+    ParentShape,
+    RouterConfig,
+    SpaceConfig,
+)
+from elastic.config.training import (
+    CurriculumConfig,
+    DataConfig,
+    LoggerConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    StageConfig,
+    TrainerConfig,
+)
+
+__all__ = [
+    "AXES",
+    "BudgetConfig",
+    "ConfigError",
+    "CurriculumConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "ImportanceConfig",
+    "KINDS",
+    "LAYERED_AXES",
+    "LoggerConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ParentConfig",
+    "ParentShape",
+    "RouterConfig",
+    "RunConfig",
+    "SpaceConfig",
+    "StageConfig",
+    "TrainerConfig",
+    "explain",
+    "parse",
+]

@@ -1,0 +1,64 @@
+"""Checks of settings, and one line for whatever is wrong with them."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot work. The message is one line."""
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value}: must be {allowed}")
+
+
+def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    require(value in allowed, key, value, "one of " + ", ".join(allowed))
+
+
+def parse(raw: DictConfig | dict[str, Any], schema: type[T]) -> T:
+    """Turn a composed configuration into `schema`, or raise `ConfigError` with one line."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]}: must be set, for example {missing[0]}=VALUE")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: BaseException) -> str:
+    """One line for any error that a wrong setting raises, in Hydra, OmegaConf or here."""
+    cause: BaseException | None = error
+    while isinstance(cause, HydraException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        parent = cause.parent_node
+        known = (
+            sorted(map(str, parent))
+            if isinstance(parent, DictConfig) and not parent._is_none()
+            else []
+        )
+        if cause.key is not None and known and str(cause.key) not in known:
+            return f"{cause.full_key}: unknown setting; must be one of {', '.join(known)}"
+        reason = next(line.strip() for line in str(cause).splitlines() if line.strip())
+        return f"{cause.full_key}: {reason}"
+    if isinstance(error, HydraException):
+        options = [line for line in lines[1:] if "=" not in line and ":" not in line]
+        known_text = (
+            f"; must be one of {', '.join(options)}"
+            if "Could not find" in first and options
+            else ""
+        )
+        return first + known_text
+    return first

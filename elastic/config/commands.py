@@ -1,0 +1,127 @@
+"""Everything that each command reads."""
+
+from dataclasses import dataclass, field
+
+from elastic.config.checks import ConfigError, one_of, require
+from elastic.config.model import (
+    BudgetConfig,
+    ImportanceConfig,
+    ParentConfig,
+    RouterConfig,
+    SpaceConfig,
+)
+from elastic.config.training import (
+    CurriculumConfig,
+    DataConfig,
+    LoggerConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TrainerConfig,
+)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything `train.py` reads."""
+
+    name: str
+    """Name of the experiment."""
+    run_dir: str
+    """Where everything is written."""
+    resume: bool = True
+    """Go on where `run_dir` stopped; false refuses a directory that is not empty."""
+    seed: int = 0
+    parent: ParentConfig
+    budgets: dict[str, BudgetConfig]
+    space: SpaceConfig
+    importance: ImportanceConfig
+    router: RouterConfig
+    objective: ObjectiveConfig
+    curriculum: CurriculumConfig
+    data: DataConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+
+    def __post_init__(self) -> None:
+        require(bool(self.budgets), "budgets", dict(self.budgets), "at least one budget")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        for name, stage in self.curriculum.stages.items():
+            where = f"curriculum.stages.{name}"
+            for budget in stage.budget_probabilities or {}:
+                one_of(f"{where}.budget_probabilities", budget, tuple(self.budgets))
+            micro = self.trainer.micro_batch_tokens or stage.batch_tokens // self.trainer.world_size
+            unit = micro * self.trainer.world_size
+            require(
+                micro > 0 and micro % stage.sequence_length == 0,
+                f"{where}.sequence_length",
+                stage.sequence_length,
+                f"a divisor of the tokens per forward pass and process, {micro}",
+            )
+            require(
+                stage.batch_tokens % unit == 0,
+                f"{where}.batch_tokens",
+                stage.batch_tokens,
+                f"a multiple of {unit} = {micro} tokens per forward pass x "
+                f"{self.trainer.world_size} processes; the nearest is "
+                f"{max(1, round(stage.batch_tokens / unit)) * unit}",
+            )
+        if self.data.tokenizer == "parent" and self.parent.path is None:
+            raise ConfigError(
+                "data.tokenizer=parent: a parent built from parent.shape has none; "
+                "must be train, or a path or hub id"
+            )
+        pretrains = any(stage.mode == "pretrain" for stage in self.curriculum.stages.values())
+        if self.parent.path is None and not pretrains:
+            raise ConfigError(
+                "curriculum.stages: a parent built from parent.shape is random; "
+                "must start with a pretrain stage, or set parent.path"
+            )
+
+
+@dataclass(kw_only=True)
+class ExtractConfig:
+    """Everything `extract.py` reads."""
+
+    checkpoint: str
+    """Directory of the elastic checkpoint."""
+    budget: str
+    """Name of the member to cut."""
+    output: str
+    """Directory to create."""
+    dtype: str = "source"
+    """`source` keeps the stored type; float32, bfloat16 or float16 convert."""
+    verify: bool = True
+    """Re-open the result with stock transformers and compare its logits with the masked
+    parent's."""
+    max_shard_bytes: int = 1_000_000_000
+    """Largest safetensors file written."""
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, ("source", "float32", "bfloat16", "float16"))
+        require(self.max_shard_bytes > 0, "max_shard_bytes", self.max_shard_bytes, "positive")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Everything `python -m elastic.evaluate` reads."""
+
+    run_dir: str
+    """Run whose elastic checkpoint and validation text are used."""
+    members: dict[str, str] = field(default_factory=dict)
+    """Extracted directories by budget name; a budget that is not named is cut in memory."""
+    sequences: int = 64
+    """Validation sequences."""
+    sequence_length: int = 512
+    """Tokens per validation sequence."""
+    batch_size: int = 8
+    prompts: list[str] = field(default_factory=list)
+    """Beginnings that the smallest member continues."""
+    new_tokens: int = 48
+    """Tokens generated after each prompt."""
+    output: str | None = None
+    """Where the JSON goes; null is `run_dir`/family.json."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "sequence_length", "batch_size", "new_tokens"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "positive")

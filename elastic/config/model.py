@@ -1,0 +1,257 @@
+"""Settings of the model: the parent, what can shrink, and to which sizes."""
+
+import math
+from dataclasses import dataclass, field
+
+from elastic.config.checks import ConfigError, one_of, require
+
+KINDS = {"M": "mamba", "-": "mlp", "*": "attention"}
+"""Letters of a layer pattern, and the kind of block each one stands for."""
+
+AXES = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
+"""Everything that can shrink."""
+
+LAYERED_AXES = ("ffn", "mamba_heads", "attention_heads")
+"""Axes that may be set layer by layer (heterogeneous); the others are set once."""
+
+
+@dataclass(kw_only=True)
+class ParentShape:
+    """Sizes of a Nemotron-H parent; defaults are those of the published family."""
+
+    pattern: str
+    """One letter per layer: M Mamba-2, - MLP, * attention."""
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    conv_kernel: int = 4
+    conv_bias: bool = True
+    tied_head: bool = False
+    """Share the LM head with the embedding. Checkpoints store both either way: stock transformers
+    never ties Nemotron-H."""
+    norm_eps: float = 1e-5
+    time_step_min: float = 1e-3
+    """Lower bound of the SSM step; stock transformers clamps to it."""
+    max_position_embeddings: int = 131_072
+    """Longest context advertised, in tokens; nothing in the network depends on it."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.pattern) - set(KINDS))
+        require(
+            bool(self.pattern) and not unknown,
+            "parent.shape.pattern",
+            self.pattern,
+            "a non-empty string of M (Mamba-2), - (MLP) and * (attention)"
+            + ("; E (mixture of experts) is not supported yet" if "E" in unknown else ""),
+        )
+        for name in (
+            "hidden_size vocab_size intermediate_size num_attention_heads num_key_value_heads "
+            "head_dim mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel "
+            "max_position_embeddings"
+        ).split():
+            require(
+                getattr(self, name) > 0, f"parent.shape.{name}", getattr(self, name), "positive"
+            )
+        require(self.norm_eps > 0, "parent.shape.norm_eps", self.norm_eps, "positive")
+        require(
+            self.time_step_min >= 0, "parent.shape.time_step_min", self.time_step_min, "at least 0"
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "parent.shape.num_attention_heads",
+            self.num_attention_heads,
+            f"a multiple of num_key_value_heads={self.num_key_value_heads}",
+        )
+        require(
+            self.mamba_num_heads % self.n_groups == 0,
+            "parent.shape.mamba_num_heads",
+            self.mamba_num_heads,
+            f"a multiple of n_groups={self.n_groups}",
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of every layer, in order."""
+        return tuple(KINDS[letter] for letter in self.pattern)
+
+
+@dataclass(kw_only=True)
+class ParentConfig:
+    """Where the parent comes from, and how it is executed."""
+
+    path: str | None = None
+    """Local directory or hub id of a Nemotron-H checkpoint (safetensors); null builds `shape`."""
+    shape: ParentShape | None = None
+    """Sizes of a parent that is trained here from a random start; null reads them from `path`."""
+    kernels: str = "auto"
+    """SSM scan: `auto` takes mamba_ssm on a GPU where it is installed, else plain torch."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more compute."""
+
+    def __post_init__(self) -> None:
+        one_of("parent.kernels", self.kernels, ("auto", "torch", "mamba_ssm"))
+        if (self.path is None) == (self.shape is None):
+            raise ConfigError(
+                "parent: set exactly one of parent.path (a checkpoint) and parent.shape (sizes), "
+                f"got path={self.path} and shape={'set' if self.shape else None}"
+            )
+
+
+@dataclass(kw_only=True)
+class BudgetConfig:
+    """Target size of one member."""
+
+    params: float
+    """Parameters: a share of the parent's when at most 1, else a count."""
+
+    def __post_init__(self) -> None:
+        require(
+            math.isfinite(self.params) and self.params > 0,
+            "budgets.*.params",
+            self.params,
+            "positive: a share of the parent up to 1, or a number of parameters",
+        )
+
+
+@dataclass(kw_only=True)
+class SpaceConfig:
+    """Choices per axis, largest (the parent's own size) first; null leaves the axis alone."""
+
+    hidden: list[int] | None = None
+    """Hidden sizes."""
+    ffn: list[int] | None = None
+    """MLP widths."""
+    mamba_heads: list[int] | None = None
+    """Mamba heads over all SSM groups; every group keeps the same number."""
+    mamba_head_dim: list[int] | None = None
+    """Channels per Mamba head."""
+    attention_heads: list[int] | None = None
+    """Query heads over all KV groups; every group keeps the same number."""
+    depth: list[int] | None = None
+    """Numbers of layers kept."""
+    heterogeneous: list[str] = field(default_factory=list)
+    """Axes set layer by layer: any of ffn, mamba_heads, attention_heads."""
+    tolerance: float = 0.01
+    """Largest relative distance of a member's exact size from its budget."""
+    nested: bool = True
+    """A smaller budget is never larger than the next larger one on any axis or layer."""
+
+    def __post_init__(self) -> None:
+        for axis in self.heterogeneous:
+            one_of("space.heterogeneous", axis, LAYERED_AXES)
+            require(
+                getattr(self, axis) is not None,
+                "space.heterogeneous",
+                axis,
+                "an axis that has choices",
+            )
+        require(0 < self.tolerance < 1, "space.tolerance", self.tolerance, "between 0 and 1")
+        for axis in AXES:
+            choices = getattr(self, axis)
+            if choices is None:
+                continue
+            require(
+                len(choices) > 0,
+                f"space.{axis}",
+                choices,
+                "a non-empty list, or null to leave the axis alone",
+            )
+            require(min(choices) > 0, f"space.{axis}", choices, "positive")
+            descending = all(a > b for a, b in zip(choices, choices[1:], strict=False))
+            require(
+                descending, f"space.{axis}", choices, "strictly descending, the parent's size first"
+            )
+
+
+@dataclass(kw_only=True)
+class ImportanceConfig:
+    """How components are ranked before the weights are sorted (arXiv 2511.16664, section 3.1)."""
+
+    samples: int = 1024
+    """Calibration sequences for the width scores."""
+    sequence_length: int = 8192
+    """Tokens per calibration sequence."""
+    batch_size: int = 1
+    """Calibration sequences per forward pass."""
+    ffn_score: str = "post_activation"
+    """`post_activation` scores the input of the second MLP matrix, `pre_activation` is the paper's
+    form."""
+    aggregation: str = "sum"
+    """Over tokens: `sum` of absolute values (the paper), or `mean_l2`: mean over time, L2 over
+    sequences."""
+    depth_method: str = "iterative"
+    """`iterative` drops the least important layer and ranks again; `one_pass` ranks once."""
+    depth_samples: int = 64
+    """Calibration sequences for the depth ranking."""
+    depth_positions: int = 256
+    """Random positions per sequence at which logits are compared."""
+    drop_attention: bool = False
+    """Whether attention layers may be dropped."""
+    drop_ends: bool = False
+    """Whether the first and the last layer may be dropped."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "samples",
+            "sequence_length",
+            "batch_size",
+            "depth_samples",
+            "depth_positions",
+        ):
+            require(getattr(self, name) > 0, f"importance.{name}", getattr(self, name), "positive")
+        one_of("importance.ffn_score", self.ffn_score, ("post_activation", "pre_activation"))
+        one_of("importance.aggregation", self.aggregation, ("sum", "mean_l2"))
+        one_of("importance.depth_method", self.depth_method, ("iterative", "one_pass"))
+
+
+@dataclass(kw_only=True)
+class RouterConfig:
+    """The routers and their schedules (arXiv 2511.16664, section 3.3). Shares are of all elastic
+    tokens."""
+
+    hidden_units: int = 256
+    """Width of each router's hidden layer."""
+    full_bias: float = 3.0
+    """Head start of the full-size choice, in logits, so that training begins near the parent."""
+    temperature_start: float = 1.0
+    """Gumbel-softmax temperature at the first elastic token."""
+    temperature_end: float = 0.05
+    """Temperature when the schedule ends; the decay is geometric."""
+    scale_start: float = 1.0
+    """Factor on the logits at the first elastic token."""
+    scale_end: float = 10.0
+    """Factor on the logits when the schedule ends; the growth is linear."""
+    freeze_at: float = 0.5
+    """Share of the elastic tokens after which the choices are final and steps run sliced; schedules
+    end here."""
+    settled_steps: int = 0
+    """Freeze earlier once every choice has been the same, with probability over 0.9, for this many
+    optimizer steps; 0 never does."""
+    hard_probability: float = 0.004
+    """Share of the draws that are hard (straight-through) instead of soft."""
+
+    def __post_init__(self) -> None:
+        require(self.hidden_units > 0, "router.hidden_units", self.hidden_units, "positive")
+        require(
+            0 < self.temperature_end <= self.temperature_start,
+            "router.temperature_end",
+            self.temperature_end,
+            f"in (0, router.temperature_start={self.temperature_start}]",
+        )
+        require(self.scale_start > 0, "router.scale_start", self.scale_start, "positive")
+        require(self.scale_end > 0, "router.scale_end", self.scale_end, "positive")
+        require(0 < self.freeze_at <= 1, "router.freeze_at", self.freeze_at, "in (0, 1]")
+        require(self.settled_steps >= 0, "router.settled_steps", self.settled_steps, "at least 0")
+        require(
+            0 <= self.hard_probability <= 1,
+            "router.hard_probability",
+            self.hard_probability,
+            "in [0, 1]",
+        )

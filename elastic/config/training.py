@@ -1,0 +1,260 @@
+"""Settings of training: objective, stages, data, optimizer, machines."""
+
+from dataclasses import dataclass
+
+from elastic.config.checks import one_of, require
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Weights of the loss terms (arXiv 2511.16664, section 3.4)."""
+
+    distillation_weight: float = 1.0
+    """Forward KL from the frozen, unsorted parent."""
+    temperature: float = 1.0
+    """Distillation temperature, for both models."""
+    cross_entropy_weight: float = 0.0
+    """Cross-entropy on the text itself."""
+    budget_weight: float = 1.0
+    """Relative distance of the expected size from the target."""
+    identity_weight: float = 10.0
+    """Pull of the full budget towards the full-size choices."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "distillation_weight",
+            "cross_entropy_weight",
+            "budget_weight",
+            "identity_weight",
+        ):
+            require(
+                getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0"
+            )
+        require(
+            self.distillation_weight + self.cross_entropy_weight > 0,
+            "objective.distillation_weight",
+            self.distillation_weight,
+            "positive, or objective.cross_entropy_weight must be",
+        )
+        require(self.temperature > 0, "objective.temperature", self.temperature, "positive")
+        require(self.chunk_tokens > 0, "objective.chunk_tokens", self.chunk_tokens, "positive")
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One stage of the curriculum."""
+
+    mode: str = "elastic"
+    """`elastic` trains all budgets together; `pretrain` the parent alone, by cross-entropy."""
+    tokens: int
+    """Length of the stage; rounded up to whole steps."""
+    sequence_length: int
+    """Tokens per sequence."""
+    batch_tokens: int
+    """Tokens per optimizer step, over all processes."""
+    budget_probabilities: dict[str, float] | None = None
+    """How often each budget is drawn; null draws all alike."""
+    model_lr: float
+    """Peak learning rate of the weights."""
+    router_lr: float = 1e-2
+    """Peak learning rate of the routers."""
+    warmup_steps: int = 60
+    """Optimizer steps of linear warmup."""
+    final_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        one_of("curriculum.stages.*.mode", self.mode, ("pretrain", "elastic"))
+        for name in ("tokens", "sequence_length", "batch_tokens", "model_lr", "router_lr"):
+            require(
+                getattr(self, name) > 0,
+                f"curriculum.stages.*.{name}",
+                getattr(self, name),
+                "positive",
+            )
+        require(
+            self.warmup_steps >= 0,
+            "curriculum.stages.*.warmup_steps",
+            self.warmup_steps,
+            "at least 0",
+        )
+        require(
+            0 <= self.final_lr_ratio <= 1,
+            "curriculum.stages.*.final_lr_ratio",
+            self.final_lr_ratio,
+            "in [0, 1]",
+        )
+        require(
+            self.batch_tokens % self.sequence_length == 0,
+            "curriculum.stages.*.batch_tokens",
+            self.batch_tokens,
+            f"a multiple of sequence_length={self.sequence_length}; the nearest is "
+            f"{max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length}",
+        )
+        probabilities = self.budget_probabilities
+        if probabilities is not None:
+            require(
+                self.mode == "elastic",
+                "curriculum.stages.*.budget_probabilities",
+                probabilities,
+                "null here: a pretrain stage has no budgets",
+            )
+            total = sum(probabilities.values())
+            require(
+                min(probabilities.values(), default=-1) >= 0 and abs(total - 1) < 1e-6,
+                "curriculum.stages.*.budget_probabilities",
+                dict(probabilities),
+                f"non-negative and sum to 1 (the sum is {total:g})",
+            )
+
+
+@dataclass(kw_only=True)
+class CurriculumConfig:
+    """Stages in the order in which they run."""
+
+    stages: dict[str, StageConfig]
+
+    def __post_init__(self) -> None:
+        modes = [stage.mode for stage in self.stages.values()]
+        require(
+            "elastic" in modes,
+            "curriculum.stages",
+            list(self.stages),
+            "at least one stage of mode elastic",
+        )
+        require(
+            modes == sorted(modes, key=("pretrain", "elastic").index),
+            "curriculum.stages",
+            list(self.stages),
+            "ordered: every pretrain stage before the first elastic one",
+        )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Text, tokenizer and packing."""
+
+    source: str = "stdlib"
+    """`stdlib` is the source code of this Python's own library; `files` are local text, jsonl or
+    parquet files; `hub` is a data set by its hub id."""
+    path: str | None = None
+    """For `files` a glob, for `hub` the data set's id."""
+    subset: str | None = None
+    """For `hub`: the configuration of the data set."""
+    split: str = "train"
+    """For `hub`: the split."""
+    text_column: str = "text"
+    """Column of the text in jsonl, parquet and hub data."""
+    validation_every: int = 17
+    """Every n-th document is held out for validation."""
+    validation_sequences: int = 32
+    """Fixed validation sequences per budget during training."""
+    tokenizer: str = "train"
+    """`train` builds a byte-level BPE on the text; `parent` takes the parent's; else a path or hub
+    id."""
+    tokenizer_vocab: int = 1024
+    """Vocabulary of a tokenizer that is trained here."""
+
+    def __post_init__(self) -> None:
+        one_of("data.source", self.source, ("stdlib", "files", "hub"))
+        require(
+            (self.source == "stdlib") == (self.path is None),
+            "data.path",
+            self.path,
+            "set for data.source=files and data.source=hub, and null for stdlib",
+        )
+        require(
+            self.validation_every >= 2, "data.validation_every", self.validation_every, "at least 2"
+        )
+        require(
+            self.validation_sequences > 0,
+            "data.validation_sequences",
+            self.validation_sequences,
+            "positive",
+        )
+        require(
+            self.tokenizer_vocab >= 260,
+            "data.tokenizer_vocab",
+            self.tokenizer_vocab,
+            "at least 260: 256 bytes and the special tokens",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient over all weights and routers."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "positive")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        require(self.gradient_clip > 0, "optim.gradient_clip", self.gradient_clip, "positive")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Machines and intervals."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    """Processes per node."""
+    num_nodes: int = 1
+    strategy: str = "single"
+    """`single` process, or `ddp`."""
+    precision: str = "32-true"
+    """32-true, bf16-mixed or bf16-true."""
+    micro_batch_tokens: int | None = None
+    """Tokens per forward pass and process; null is the whole batch. The budget is drawn per forward
+    pass."""
+    validate_every: int = 200
+    """Optimizer steps between validations of every budget."""
+    checkpoint_every: int = 200
+    """Optimizer steps between resume checkpoints."""
+    log_every: int = 10
+    """Optimizer steps between logged rows."""
+
+    def __post_init__(self) -> None:
+        one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
+        one_of("trainer.strategy", self.strategy, ("single", "ddp"))
+        one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "bf16-true"))
+        for name in ("devices", "num_nodes", "validate_every", "checkpoint_every", "log_every"):
+            require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "positive")
+        if self.micro_batch_tokens is not None:
+            require(
+                self.micro_batch_tokens > 0,
+                "trainer.micro_batch_tokens",
+                self.micro_batch_tokens,
+                "positive",
+            )
+        if self.strategy == "single":
+            require(
+                self.world_size == 1,
+                "trainer.strategy",
+                "single",
+                f"ddp when there are {self.world_size} processes",
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """Where metrics go; `metrics.csv` in the run directory is always written."""
+
+    wandb: bool = False
+    """Also log to Weights & Biases; WANDB_MODE=offline keeps it local."""
+    project: str = "elastic"
+    entity: str | None = None
+    group: str | None = None

@@ -1,0 +1,1 @@
+"""Evaluate: what the members of a family say."""

@@ -1,0 +1,156 @@
+"""A small random elastic checkpoint on disk, and a way to count what is read from it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from strategies import random_parent, tiny_shape
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from elastic import cost
+from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
+from elastic.config import ExtractConfig, ParentShape
+from elastic.manifest import Manifest, Member
+from elastic.parent import HybridParent
+from elastic.parent.weights import TensorStore, save_parent
+
+SHAPE = tiny_shape(vocab_size=40)
+SMALL = Architecture(8, (MambaLayer(0, 4, 5), MLPLayer(1, 3), AttentionLayer(2, 4), MLPLayer(4, 3)))
+MEDIUM = Architecture(
+    11,
+    (
+        MambaLayer(0, 4, 6),
+        MLPLayer(1, 9),
+        AttentionLayer(2, 4),
+        MambaLayer(3, 4, 6),
+        MLPLayer(4, 9),
+    ),
+)
+MIXED = Architecture(  # MLP widths and query heads that differ from layer to layer
+    9,
+    (
+        MLPLayer(1, 3),
+        AttentionLayer(2, 2),
+        MambaLayer(4, 4, 7),
+        MLPLayer(5, 8),
+        AttentionLayer(6, 4),
+    ),
+)
+UNEVEN = Architecture(11, (MambaLayer(0, 4, 6), MambaLayer(3, 2, 6)))
+"""Mamba layers of two sizes: no stock checkpoint can hold it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An elastic checkpoint and the parent that was written into it."""
+
+    path: Path
+    parent: HybridParent
+
+    def member(self, budget: str) -> Architecture:
+        return Manifest.read(self.path).member(budget).architecture
+
+    def config(self, output: Path, budget: str = "small", **settings: Any) -> ExtractConfig:
+        return ExtractConfig(
+            checkpoint=str(self.path), budget=budget, output=str(output), **settings
+        )
+
+
+def write_checkpoint(
+    directory: Path,
+    shape: ParentShape,
+    members: Mapping[str, Architecture],
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 4_000_000_000,
+    fill: Callable[[HybridParent], None] | None = None,
+) -> Checkpoint:
+    """Weights, router and elastic.json; `fill` may overwrite the random weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parent = random_parent(shape).to(dtype)
+    if fill is not None:
+        fill(parent)
+    save_parent(parent, directory, max_shard_bytes=max_shard_bytes)
+    save_file({"weight": torch.ones(3)}, directory / "router.safetensors")
+    budgets = {
+        name: Member({"params": 0.5}, cost.parameters(shape, architecture), architecture)
+        for name, architecture in members.items()
+    }
+    Manifest(budgets, {"choices": {}}, {"depth": [3]}, {"tokens_seen": 7}).write(directory)
+    return Checkpoint(directory, parent)
+
+
+def _write_small_files(directory: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=40, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["a member is a cut", "a cut is a prefix"], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(directory)
+    (directory / "LICENSE").write_text("as is\n")
+    (directory / "generation_config.json").write_text('{"max_new_tokens": 5, "eos_token_id": 2}\n')
+    (directory / "notes.txt").write_text("not for members\n")
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[..., Checkpoint]:
+    """Write a checkpoint of one's own."""
+    return write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Homogeneous members, several shards, tokenizer; tests must not change it."""
+    directory = tmp_path_factory.mktemp("elastic")
+    members = {"full": Architecture.full(SHAPE), "medium": MEDIUM, "small": SMALL, "uneven": UNEVEN}
+    written = write_checkpoint(directory, SHAPE, members, max_shard_bytes=4000)
+    _write_small_files(directory)
+    return written
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A member that can only be stored padded; tests must not change it."""
+    shape = tiny_shape(pattern="M-*MM-*")
+    return write_checkpoint(tmp_path_factory.mktemp("mixed"), shape, {"mixed": MIXED})
+
+
+class Reads:
+    """Elements asked for in every block that was read."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[str, int]] = []
+
+    @property
+    def elements(self) -> int:
+        return sum(count for _, count in self.blocks)
+
+
+class _SpyingView:
+    def __init__(self, key: str, view: Any, reads: Reads) -> None:
+        self.key, self.view, self.reads = key, view, reads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.view, name)
+
+    def __getitem__(self, block: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self.view[block]
+        self.reads.blocks.append((self.key, tensor.numel()))
+        return tensor
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
+    """Counts everything that any `TensorStore` reads."""
+    counted, plain = Reads(), TensorStore.slice
+    monkeypatch.setattr(
+        TensorStore, "slice", lambda self, key: _SpyingView(key, plain(self, key), counted)
+    )
+    yield counted

@@ -1,0 +1,214 @@
+"""`elastic.load` gives the extracted model, reads no more, and names what is wrong on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from strategies import assert_near, random_tokens, tiny_shape
+from transformers import NemotronHForCausalLM
+
+import elastic
+from elastic import cost
+from elastic.architecture import Architecture
+from elastic.extract import extract
+
+
+def stock(directory: Path, **options: Any) -> NemotronHForCausalLM:
+    """What anyone gets without this package."""
+    return NemotronHForCausalLM.from_pretrained(directory, local_files_only=True, **options).eval()
+
+
+def assert_same_tensors(a: NemotronHForCausalLM, b: NemotronHForCausalLM) -> None:
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("budget", ["full", "medium", "small"])
+def test_loading_is_extracting_in_memory(checkpoint: Any, tmp_path: Path, budget: str) -> None:
+    """Bit for bit the model that from_pretrained makes of the extracted directory."""
+    extract(checkpoint.config(tmp_path / "out", budget))
+    model, again = elastic.load(checkpoint.path, budget), stock(tmp_path / "out")
+    assert type(model) is NemotronHForCausalLM and not model.training
+    assert_same_tensors(model, again)
+    assert all(not tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    tokens = random_tokens(checkpoint.parent.shape)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+    assert model.generation_config.to_dict() == again.generation_config.to_dict()
+    assert model.generation_config.max_new_tokens == 5
+    ours, theirs = model.config.to_dict(), again.config.to_dict()
+    differing = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+    assert differing <= {"_name_or_path"}
+
+
+def test_a_padded_member_loads_too(mixed: Any) -> None:
+    """And computes what the sliced parent computes."""
+    tokens = random_tokens(mixed.parent.shape)
+    with torch.no_grad():
+        logits = elastic.load(str(mixed.path), "mixed")(tokens).logits
+        assert_near(logits, mixed.parent.logits(tokens, mixed.member("mixed")))
+
+
+def test_loading_reads_the_members_elements_only(checkpoint: Any, reads: Any) -> None:
+    model = elastic.load(checkpoint.path, "small")
+    assert reads.elements == sum(weight.numel() for weight in model.parameters())
+    assert reads.elements < sum(weight.numel() for weight in checkpoint.parent.parameters()) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_dtype_converts(checkpoint: Any, dtype: torch.dtype | str) -> None:
+    model = elastic.load(checkpoint.path, "small", dtype=dtype)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model(random_tokens(checkpoint.parent.shape)).logits.isfinite().all()
+
+
+def test_a_bad_dtype_names_the_allowed(checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match="dtype=int8: must be one of source, float32, bfloat16, f"):
+        elastic.load(checkpoint.path, "small", dtype=torch.int8)
+
+
+def test_importing_elastic_imports_no_torch() -> None:
+    """Settings are checked, and help is shown, without seconds of imports."""
+    code = "import elastic, elastic.command, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def edit_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Damage by changing a JSON file."""
+
+    def damage(directory: Path) -> None:
+        path = directory / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+def edit_shard(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    """Damage by changing the tensors of the first shard."""
+
+    def damage(directory: Path) -> None:
+        path = sorted(directory.glob("model-*.safetensors"))[0]
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return damage
+
+
+def first_shard(directory: Path) -> Path:
+    return sorted(directory.glob("model-*.safetensors"))[0]
+
+
+def truncate(directory: Path) -> None:
+    path = first_shard(directory)
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def small(entry: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = entry["budgets"]["small"]
+    return found
+
+
+EMBEDDING = "backbone.embeddings.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no manifest": (lambda d: (d / "elastic.json").unlink(), "elastic.json: not found"),
+    "half a manifest": (
+        lambda d: (d / "elastic.json").write_text('{"format_version": 1, "budgets'),  # type: ignore
+        "elastic.json: damaged",
+    ),
+    "manifest without budgets": (
+        edit_json("elastic.json", lambda e: {"format_version": 1}),
+        "elastic.json: damaged",
+    ),
+    "other format": (
+        edit_json("elastic.json", lambda e: e | {"format_version": 2}),
+        "format_version=2, this version reads 1",
+    ),
+    "too wide": (
+        edit_json(
+            "elastic.json", lambda e: (small(e)["architecture"].update(hidden_size=99), e)[1]
+        ),
+        "budget small: architecture: hidden_size=99 must be in 1..13",
+    ),
+    "other size": (
+        edit_json("elastic.json", lambda e: (small(e).update(params=5), e)[1]),
+        "params=5, but its architecture has",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: not found"),
+    "config of another model": (
+        edit_json("config.json", lambda e: e | {"model_type": "llama"}),
+        "model_type=llama must be nemotron_h",
+    ),
+    "config is a list": (edit_json("config.json", lambda e: [e]), "not a Hugging Face config"),
+    "config with a word for a size": (
+        edit_json("config.json", lambda e: e | {"hidden_size": "wide"}),
+        "config.json: a size is not a number",
+    ),
+    "missing shard": (lambda d: first_shard(d).unlink(), "shard is missing"),
+    "truncated shard": (truncate, "shard is truncated or damaged"),
+    "damaged index": (
+        edit_json("model.safetensors.index.json", lambda e: [e]),
+        "index.json: damaged",
+    ),
+    "wrong shape": (
+        edit_shard(lambda t: t.update({EMBEDDING: torch.ones(3, 2)})),
+        r"tensor backbone.embeddings.weight has shape \(3, 2\), config.json asks for \(40, 13\)",
+    ),
+    "missing tensor": (edit_shard(lambda t: t.pop(EMBEDDING)), f"tensor {EMBEDDING} is missing"),  # type: ignore
+    "unknown tensor": (
+        edit_shard(lambda t: t.update(extra=torch.ones(1))),
+        "unknown tensor extra",
+    ),
+    "integers": (
+        edit_shard(lambda t: t.update({EMBEDDING: t[EMBEDDING].int()})),
+        "is stored as I32; must be one of F64, F32, BF16, F16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named_in_one_line(checkpoint: Any, tmp_path: Path, name: str) -> None:
+    """`ValueError`, whose message says what is wrong with which file."""
+    damage, message = DAMAGE[name]
+    directory = tmp_path / "elastic"
+    shutil.copytree(checkpoint.path, directory)
+    damage(directory)
+    with pytest.raises(ValueError, match=message) as caught:
+        elastic.load(directory, "small")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_budget_lists_the_known(checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match="budget=tiny: must be one of full, medium, small, uneven"):
+        elastic.load(checkpoint.path, "tiny")
+
+
+def test_a_head_that_is_not_stored_needs_a_tied_parent(
+    write: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The embedding stands in for a tied head; an untied head that is absent is damage."""
+    shape = tiny_shape(tied_head=True)
+    full = Architecture.full(shape)
+    directory = write(tmp_path / "elastic", shape, {"full": full}).path
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path)
+    model = elastic.load(directory, "full")
+    assert torch.equal(model.lm_head.weight, model.model.embeddings.weight)
+    assert sum(weight.numel() for weight in model.parameters()) == cost.parameters(shape, full)
+    edit_json("config.json", lambda entry: entry | {"tie_word_embeddings": False})(directory)
+    with pytest.raises(ValueError, match="tensor lm_head.weight is missing"):
+        elastic.load(directory, "full")

@@ -1,0 +1,181 @@
+"""Files and directories are whole or not there: an exception leaves what was there, and no litter."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from elastic.files import atomic_directory, atomic_file, digest, write_json
+
+
+class Interrupted(BaseException):
+    """Not an `Exception`: like KeyboardInterrupt, caught by nobody on the way."""
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Every file below a directory, and its text."""
+    return {
+        str(path.relative_to(directory)): path.read_text() if path.is_file() else "<dir>"
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+# Files
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == path.parent, "a rename works within one file system"
+    assert tree(tmp_path) == {"a": "<dir>", "a/file": "new"}
+
+
+def test_an_exception_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("half")
+        raise Interrupted
+    assert tree(tmp_path) == {}
+
+
+def test_an_exception_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(Interrupted), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise Interrupted
+    assert tree(tmp_path) == {"file": "old"}
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert tree(tmp_path) == {"file": "new"}
+
+
+def test_forgetting_to_write_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_file(path):
+        pass
+    assert tree(tmp_path) == {"file": "old"}
+
+
+def test_contents_reach_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync of the contents, rename, fsync of the directory: any other order can lose data."""
+    calls: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        kind = "directory" if os.path.isdir(f"/dev/fd/{descriptor}") else "file"
+        calls.append(f"sync {kind}")
+        sync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    write_json(tmp_path / "value.json", {"a": 1})
+    assert calls == ["sync file", "rename", "sync directory"]
+
+
+# Directories
+
+
+def test_a_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "out"
+    with atomic_directory(path) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").write_text("new")
+        assert not path.exists()
+    assert tree(path) == {"inner": "<dir>", "inner/file": "new"}
+    assert [p.name for p in path.parent.iterdir()] == ["out"]
+
+
+def test_an_exception_leaves_no_directory_and_no_folders_above_it(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), atomic_directory(tmp_path / "a" / "b" / "out") as temporary:
+        (temporary / "file").write_text("half")
+        raise Interrupted
+    assert tree(tmp_path) == {}
+
+
+def test_folders_that_were_there_stay(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "other").write_text("mine")
+    with pytest.raises(Interrupted), atomic_directory(tmp_path / "a" / "b" / "out"):
+        raise Interrupted
+    assert tree(tmp_path) == {"a": "<dir>", "a/other": "mine"}
+
+
+@pytest.mark.parametrize("kind", ["file", "empty directory", "directory"])
+def test_what_exists_is_refused_and_untouched(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    if kind == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+    if kind == "directory":
+        (path / "file").write_text("old")
+    before = tree(tmp_path)
+    with pytest.raises(FileExistsError, match=r"out exists already; nothing was written$"):
+        with atomic_directory(path):
+            raise AssertionError("the block must not run")
+    assert tree(tmp_path) == before
+
+
+def test_replacing_swaps_the_whole_directory(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with atomic_directory(path, replace=True) as temporary:
+        (temporary / "old").write_text("old")
+    with atomic_directory(path, replace=True) as temporary:
+        assert tree(temporary) == {}
+        (temporary / "new").write_text("new")
+        assert tree(path) == {"old": "old"}
+    assert tree(tmp_path) == {"out": "<dir>", "out/new": "new"}
+
+
+def test_an_exception_while_replacing_leaves_the_old_directory(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(Interrupted), atomic_directory(path, replace=True) as temporary:
+        (temporary / "new").write_text("half")
+        raise Interrupted
+    assert tree(tmp_path) == {"out": "<dir>", "out/old": "old"}
+
+
+def test_litter_of_a_killed_process_with_the_same_id_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / f".out.tmp-{os.getpid()}").mkdir()
+    (tmp_path / f".out.tmp-{os.getpid()}" / "litter").write_text("half")
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("new")
+    assert tree(tmp_path) == {"out": "<dir>", "out/file": "new"}
+
+
+# JSON
+
+
+def test_json_round_trips_and_ends_with_a_newline(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None], "b": {"c": "ä"}}
+    write_json(tmp_path / "value.json", value)
+    text = (tmp_path / "value.json").read_text()
+    assert json.loads(text) == value
+    assert text.endswith("}\n")
+
+
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "value.json", 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "value.json", {1, 2})
+    assert tree(tmp_path) == {"value.json": "1\n"}
+
+
+def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    different = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": [1]}, {"b": 1}, [1, 2], [2, 1], None]
+    assert len({digest(value) for value in different}) == len(different)
+    assert digest({"a": 1}) == "015abd7f5cc57a2d", "stable over releases: it names saved work"
