@@ -10,15 +10,16 @@ from elastic.config import ExtractConfig
 
 
 def run(config: ExtractConfig) -> None:
-    """Exit code 1 when the result is not the member; nothing is left behind then."""
-    from elastic.extract import (
-        VerificationError,
-        extract,
-    )  # after the settings: torch takes seconds
+    """Exit code 1 when the result differs or cannot be written; nothing is left behind then."""
+    from safetensors import SafetensorError  # after the settings: torch takes seconds
+
+    from elastic.extract import VerificationError, extract
 
     try:
         extract(config)
-    except VerificationError as error:
+    except FileExistsError:
+        raise  # a wrong setting, exit code 2
+    except (VerificationError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ from elastic.router import Router
 from elastic.search import check_reachable, targets_of
 
 log = logging.getLogger(__name__)
+
+for _noisy in ("lightning.pytorch", "lightning.fabric"):  # devices found, tips, "max_steps reached"
+    logging.getLogger(_noisy).setLevel(logging.WARNING)
+# Lightning 2.6 asks torch 2.13 for something that is called differently now.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
 
 MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
 """Settings that a resumed run may set anew; the others would make it another run."""
@@ -216,7 +222,7 @@ class Run:
             self.data.fingerprint,
             self.run_dir / "importance" / "scores.safetensors",
         )
-        sort_parent(parent.cpu(), ranking.orders)
+        sort_parent(parent.cpu().train(), ranking.orders)
         log.info("weights sorted; layers by importance, least first: %s", list(ranking.drop_order))
         generator = torch.Generator().manual_seed(config.seed + 1)
         router = Router(self.space, len(self.targets), config.router, generator)

@@ -1,4 +1,4 @@
-"""The table of prefixes: ranges against plain enumeration, and shapes against a parent of that size."""
+"""The table of prefixes: ranges against enumeration, shapes against a parent of that size."""
 
 import pytest
 import torch

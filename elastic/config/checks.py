@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,7 +27,8 @@ def parse(raw: DictConfig | dict[str, Any], schema: type[T]) -> T:
     """Turn a composed configuration into `schema`, or raise `ConfigError` with one line."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
-        missing = sorted(OmegaConf.missing_keys(merged))
+        # A value that is missing in `raw` would silently leave the schema's default.
+        missing = sorted(OmegaConf.missing_keys(raw) | OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]}: must be set, for example {missing[0]}=VALUE")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
@@ -37,6 +38,8 @@ def parse(raw: DictConfig | dict[str, Any], schema: type[T]) -> T:
 
 def explain(error: BaseException) -> str:
     """One line for any error that a wrong setting raises, in Hydra, OmegaConf or here."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read; settings are given as key=value"
     cause: BaseException | None = error
     while isinstance(cause, HydraException) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -50,7 +53,7 @@ def explain(error: BaseException) -> str:
             else []
         )
         if cause.key is not None and known and str(cause.key) not in known:
-            return f"{cause.full_key}: unknown setting; must be one of {', '.join(known)}"
+            return f"{cause.full_key}: unknown; must be one of {', '.join(known)}"
         reason = next(line.strip() for line in str(cause).splitlines() if line.strip())
         return f"{cause.full_key}: {reason}"
     if isinstance(error, HydraException):

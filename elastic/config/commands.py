@@ -45,11 +45,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.budgets), "budgets", dict(self.budgets), "at least one budget")
+        for name, budget in self.budgets.items():
+            budget.check(f"budgets.{name}")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         for name, stage in self.curriculum.stages.items():
             where = f"curriculum.stages.{name}"
-            for budget in stage.budget_probabilities or {}:
-                one_of(f"{where}.budget_probabilities", budget, tuple(self.budgets))
+            for drawn in stage.budget_probabilities or {}:
+                one_of(f"{where}.budget_probabilities", drawn, tuple(self.budgets))
             micro = self.trainer.micro_batch_tokens or stage.batch_tokens // self.trainer.world_size
             unit = micro * self.trainer.world_size
             require(

@@ -111,10 +111,11 @@ class BudgetConfig:
     params: float
     """Parameters: a share of the parent's when at most 1, else a count."""
 
-    def __post_init__(self) -> None:
+    def check(self, where: str) -> None:
+        """Raise `ConfigError` for a value that cannot work; `where` is the budget's key."""
         require(
             math.isfinite(self.params) and self.params > 0,
-            "budgets.*.params",
+            f"{where}.params",
             self.params,
             "positive: a share of the parent up to 1, or a number of parameters",
         )

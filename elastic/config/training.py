@@ -65,47 +65,30 @@ class StageConfig:
     final_lr_ratio: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
 
-    def __post_init__(self) -> None:
-        one_of("curriculum.stages.*.mode", self.mode, ("pretrain", "elastic"))
+    def check(self, where: str) -> None:
+        """Raise `ConfigError` for a value that cannot work; `where` is the stage's key."""
+        one_of(f"{where}.mode", self.mode, ("pretrain", "elastic"))
         for name in ("tokens", "sequence_length", "batch_tokens", "model_lr", "router_lr"):
-            require(
-                getattr(self, name) > 0,
-                f"curriculum.stages.*.{name}",
-                getattr(self, name),
-                "positive",
-            )
-        require(
-            self.warmup_steps >= 0,
-            "curriculum.stages.*.warmup_steps",
-            self.warmup_steps,
-            "at least 0",
-        )
-        require(
-            0 <= self.final_lr_ratio <= 1,
-            "curriculum.stages.*.final_lr_ratio",
-            self.final_lr_ratio,
-            "in [0, 1]",
-        )
+            require(getattr(self, name) > 0, f"{where}.{name}", getattr(self, name), "positive")
+        require(self.warmup_steps >= 0, f"{where}.warmup_steps", self.warmup_steps, "at least 0")
+        ratio = self.final_lr_ratio
+        require(0 <= ratio <= 1, f"{where}.final_lr_ratio", ratio, "in [0, 1]")
+        nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
         require(
             self.batch_tokens % self.sequence_length == 0,
-            "curriculum.stages.*.batch_tokens",
+            f"{where}.batch_tokens",
             self.batch_tokens,
-            f"a multiple of sequence_length={self.sequence_length}; the nearest is "
-            f"{max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length}",
+            f"a multiple of sequence_length={self.sequence_length}; the nearest is {nearest}",
         )
         probabilities = self.budget_probabilities
         if probabilities is not None:
-            require(
-                self.mode == "elastic",
-                "curriculum.stages.*.budget_probabilities",
-                probabilities,
-                "null here: a pretrain stage has no budgets",
-            )
+            key, shown = f"{where}.budget_probabilities", dict(probabilities)
+            require(self.mode == "elastic", key, shown, "null: a pretrain stage has no budgets")
             total = sum(probabilities.values())
             require(
                 min(probabilities.values(), default=-1) >= 0 and abs(total - 1) < 1e-6,
-                "curriculum.stages.*.budget_probabilities",
-                dict(probabilities),
+                key,
+                shown,
                 f"non-negative and sum to 1 (the sum is {total:g})",
             )
 
@@ -117,6 +100,8 @@ class CurriculumConfig:
     stages: dict[str, StageConfig]
 
     def __post_init__(self) -> None:
+        for name, stage in self.stages.items():
+            stage.check(f"curriculum.stages.{name}")
         modes = [stage.mode for stage in self.stages.values()]
         require(
             "elastic" in modes,

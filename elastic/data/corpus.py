@@ -29,8 +29,11 @@ SKIPPED_DIRECTORIES = {
 }  # fmt: skip
 """Not the library's own code, or tests full of deliberately broken text."""
 
+_DOCUMENT: tuple[str, dict[str, Any]] = ("text", {"sample_by": "document"})
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
+    ".txt": _DOCUMENT,
+    ".md": _DOCUMENT,
+    ".py": _DOCUMENT,
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
@@ -175,7 +178,7 @@ def _read_files(config: DataConfig) -> Dataset:
     paths = _matching_files(config)
     suffix = paths[0].suffix
     builder, options = BUILDERS[suffix]
-    column = "text" if suffix == ".txt" else config.text_column
+    column = "text" if builder == "text" else config.text_column
     try:
         if suffix == ".parquet":  # a column store: other columns need not be read, or cached
             _require_column(pyarrow.parquet.read_schema(paths[0]).names, column, config)

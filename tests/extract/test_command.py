@@ -56,9 +56,10 @@ def test_wrong_settings_end_with_one_line(checkpoint: Any, tmp_path: Path, name:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_output_is_refused(checkpoint: Any, tmp_path: Path) -> None:
-    result = run(f"checkpoint={checkpoint.path}", "budget=small", f"output={tmp_path}")
-    assert_refused(result, 2, str(tmp_path), "exists already")
+def test_an_output_that_cannot_be_written_is_exit_code_1(checkpoint: Any) -> None:
+    """Not a wrong setting, and not a traceback either."""
+    result = run(f"checkpoint={checkpoint.path}", "budget=small", "output=/proc/nowhere/out")
+    assert_refused(result, 1, "/proc/nowhere")
 
 
 def test_a_result_that_differs_is_exit_code_1(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOLERANCE, difference
+from strategies import TOLERANCE, assert_near, difference
 from torch import Tensor
 
 from elastic.parent.ssd import resolve_kernels, scan

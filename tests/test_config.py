@@ -1,0 +1,471 @@
+"""The gate: what is unknown, of the wrong type or impossible stops in one line.
+
+Each case changes one setting of a run that is fine, and names what the line must say: the key
+first, then the value, then what is allowed.
+"""
+
+import copy
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from strategies import shapes
+
+from elastic.config import (
+    BudgetConfig,
+    ConfigError,
+    EvaluateConfig,
+    ExtractConfig,
+    ParentShape,
+    RunConfig,
+    SpaceConfig,
+    StageConfig,
+    explain,
+    parse,
+)
+
+SHAPE = {
+    "pattern": "M-*",
+    "hidden_size": 8,
+    "vocab_size": 300,
+    "intermediate_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "mamba_num_heads": 2,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 4,
+}
+STAGE = {"tokens": 100, "sequence_length": 16, "batch_tokens": 64, "model_lr": 1e-3}
+
+
+def run_settings() -> dict[str, Any]:
+    """The least that `train.py` can be told."""
+    return {
+        "name": "test",
+        "run_dir": "runs/test",
+        "parent": {"shape": dict(SHAPE)},
+        "budgets": {"full": {"params": 1.0}, "small": {"params": 0.5}},
+        "space": {"hidden": [8, 4], "ffn": [8, 4]},
+        "importance": {},
+        "router": {},
+        "objective": {},
+        "curriculum": {"stages": {"warm": STAGE | {"mode": "pretrain"}, "all": dict(STAGE)}},
+        "data": {},
+        "optim": {},
+        "trainer": {},
+        "logger": {},
+    }
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """A run with one setting replaced; `a.b.c` is its key."""
+    settings = copy.deepcopy(run_settings())
+    *path, last = key.split(".")
+    inner = settings
+    for name in path:
+        inner = inner.setdefault(name, {})
+    inner[last] = value
+    return settings
+
+
+def refusal(settings: dict[str, Any], schema: type = RunConfig) -> str:
+    """The one line with which the gate refuses."""
+    with pytest.raises(ConfigError) as caught:
+        parse(OmegaConf.create(settings), schema)
+    line = str(caught.value)
+    assert line and "\n" not in line
+    return line
+
+
+# What passes
+
+
+def test_a_minimal_run_passes_and_leaves_no_omegaconf_behind() -> None:
+    run = parse(OmegaConf.create(run_settings()), RunConfig)
+    assert type(run) is RunConfig
+    assert type(run.parent.shape) is ParentShape
+    assert type(run.budgets) is dict and type(run.budgets["small"]) is BudgetConfig
+    assert type(run.space) is SpaceConfig and type(run.space.hidden) is list
+    assert type(run.curriculum.stages["all"]) is StageConfig
+    assert run.curriculum.stages["warm"].mode == "pretrain"
+    assert run.parent.shape.kinds == ("mamba", "mlp", "attention")
+    assert run.trainer.world_size == 1
+
+
+def test_a_plain_dict_passes_the_gate_too() -> None:
+    assert parse(run_settings(), RunConfig) == parse(OmegaConf.create(run_settings()), RunConfig)
+
+
+def test_stages_keep_their_order() -> None:
+    assert list(parse(run_settings(), RunConfig).curriculum.stages) == ["warm", "all"]
+
+
+@given(shapes())
+def test_every_drawn_shape_passes_the_gate_unchanged(shape: ParentShape) -> None:
+    settings = changed("parent.shape", dataclasses.asdict(shape))
+    assert parse(settings, RunConfig).parent.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("curriculum.stages.all.budget_probabilities", {"full": 0.25, "small": 0.75}),
+        ("curriculum.stages.all.budget_probabilities", {"full": 1, "small": 0}),
+        ("curriculum.stages.all.budget_probabilities", {"small": 1.0}),
+        ("trainer.micro_batch_tokens", 32),
+        ("trainer", {"strategy": "ddp", "devices": 2, "num_nodes": 2}),
+        ("budgets.small.params", 1_234_567),
+        ("space.heterogeneous", ["ffn"]),
+        ("router.freeze_at", 1.0),
+        ("router.temperature_end", 1.0),
+        ("data", {"source": "files", "path": "*.txt"}),
+        ("parent.shape.time_step_min", 0),
+        ("curriculum.stages.all.warmup_steps", 0),
+    ],
+)
+def test_values_at_the_border_pass(key: str, value: Any) -> None:
+    parse(changed(key, value), RunConfig)
+
+
+# Unknown, missing, of the wrong type
+
+
+@pytest.mark.parametrize(
+    ("key", "neighbour"),
+    [
+        ("sede", "seed"),
+        ("router.temprature", "temperature_start"),
+        ("parent.shape.layers", "pattern"),
+        ("budgets.small.parameters", "params"),
+        ("curriculum.stages.all.lr", "model_lr"),
+        ("space.heads", "mamba_heads"),
+    ],
+)
+def test_an_unknown_key_is_named_with_those_there_are(key: str, neighbour: str) -> None:
+    line = refusal(changed(key, 1))
+    assert line.startswith(f"{key}: unknown")
+    assert "must be one of" in line and neighbour in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", "abc"),
+        ("seed", 1.5),
+        ("seed", True),
+        ("seed", None),
+        ("resume", "perhaps"),
+        ("router.full_bias", "high"),
+        ("budgets.small.params", "half"),
+        ("budgets.small.params", None),
+        ("budgets.small", "half"),
+        ("parent.shape.hidden_size", "wide"),
+        ("curriculum.stages.all.tokens", 1e3),
+        ("router", 3),
+        ("parent", "path"),
+    ],
+)
+def test_a_wrong_type_names_key_and_value(key: str, value: Any) -> None:
+    line = refusal(changed(key, value))
+    assert line.startswith(f"{key}: ")
+    assert str(value) in line
+
+
+@pytest.mark.parametrize("value", ["abc", 8])
+def test_a_list_of_choices_must_be_a_list(value: Any) -> None:
+    assert refusal(changed("space.hidden", value)).startswith("space.hidden")
+
+
+def test_an_element_of_the_wrong_type_is_named_by_its_place() -> None:
+    assert refusal(changed("space.hidden", [8, "x"])).startswith("space.hidden[1]: Value 'x'")
+
+
+@pytest.mark.parametrize("key", ["name", "run_dir", "parent", "budgets", "router", "curriculum"])
+def test_what_is_not_set_is_named_with_how_to_set_it(key: str) -> None:
+    settings = run_settings()
+    del settings[key]
+    assert refusal(settings) == f"{key}: must be set, for example {key}=VALUE"
+
+
+@pytest.mark.parametrize(
+    "key", ["run_dir", "seed", "parent.shape.hidden_size", "curriculum.stages.all.tokens"]
+)
+def test_question_marks_are_not_set(key: str) -> None:
+    line = refusal(changed(key, "???"))
+    assert line == f"{key}: must be set, for example {key}=VALUE"
+
+
+def test_an_interpolation_to_nowhere_is_named() -> None:
+    assert refusal(changed("seed", "${nowhere}")).startswith("seed: ")
+
+
+# Impossible values: key=value, then what is allowed
+
+WARM, ALL = "curriculum.stages.warm", "curriculum.stages.all"
+POSITIVE, NOT_NEGATIVE = "must be positive", "must be at least 0"
+
+RULES: list[tuple[str, Any, str]] = [
+    ("seed", -1, NOT_NEGATIVE),
+    # parent.shape
+    ("parent.shape.pattern", "", "non-empty string of M"),
+    ("parent.shape.pattern", "MX", "string of M (Mamba-2), - (MLP) and * (attention)"),
+    ("parent.shape.pattern", "ME", "E (mixture of experts) is not supported yet"),
+    *((f"parent.shape.{name}", 0, POSITIVE) for name in SHAPE if name != "pattern"),
+    ("parent.shape.hidden_size", -8, POSITIVE),
+    ("parent.shape.conv_kernel", 0, POSITIVE),
+    ("parent.shape.max_position_embeddings", 0, POSITIVE),
+    ("parent.shape.norm_eps", 0.0, POSITIVE),
+    ("parent.shape.norm_eps", float("nan"), POSITIVE),
+    ("parent.shape.time_step_min", -0.1, NOT_NEGATIVE),
+    ("parent.shape.num_attention_heads", 3, "a multiple of num_key_value_heads=2"),
+    ("parent.shape.mamba_num_heads", 3, "a multiple of n_groups=2"),
+    # parent
+    ("parent.kernels", "cuda", "one of auto, torch, mamba_ssm"),
+    # budgets
+    ("budgets.small.params", 0.0, POSITIVE),
+    ("budgets.small.params", -0.5, POSITIVE),
+    ("budgets.small.params", float("inf"), POSITIVE),
+    ("budgets.small.params", float("nan"), POSITIVE),
+    # space
+    ("space.ffn", [], "a non-empty list, or null"),
+    ("space.ffn", [8, 0], POSITIVE),
+    ("space.ffn", [8, 8], "strictly descending"),
+    ("space.hidden", [4, 8], "strictly descending, the parent's size first"),
+    ("space.tolerance", 0.0, "between 0 and 1"),
+    ("space.tolerance", 1.0, "between 0 and 1"),
+    # importance
+    *(
+        (f"importance.{name}", 0, POSITIVE)
+        for name in "samples sequence_length batch_size depth_samples depth_positions".split()
+    ),
+    ("importance.ffn_score", "x", "one of post_activation, pre_activation"),
+    ("importance.aggregation", "max", "one of sum, mean_l2"),
+    ("importance.depth_method", "x", "one of iterative, one_pass"),
+    # router
+    ("router.hidden_units", 0, POSITIVE),
+    ("router.temperature_end", 0.0, "in (0, router.temperature_start=1.0]"),
+    ("router.temperature_end", 1.5, "in (0, router.temperature_start=1.0]"),
+    ("router.scale_start", 0.0, POSITIVE),
+    ("router.scale_end", -1.0, POSITIVE),
+    ("router.freeze_at", 0.0, "in (0, 1]"),
+    ("router.freeze_at", 1.1, "in (0, 1]"),
+    ("router.settled_steps", -1, NOT_NEGATIVE),
+    ("router.hard_probability", 1.1, "in [0, 1]"),
+    # objective
+    *(
+        (f"objective.{name}_weight", -1.0, NOT_NEGATIVE)
+        for name in "distillation cross_entropy budget identity".split()
+    ),
+    ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
+    ("objective.temperature", 0.0, POSITIVE),
+    ("objective.chunk_tokens", 0, POSITIVE),
+    # curriculum
+    (f"{ALL}.mode", "frozen", "one of pretrain, elastic"),
+    *((f"{ALL}.{name}", 0, POSITIVE) for name in "tokens sequence_length batch_tokens".split()),
+    (f"{ALL}.model_lr", 0.0, POSITIVE),
+    (f"{ALL}.router_lr", -1.0, POSITIVE),
+    (f"{ALL}.warmup_steps", -1, NOT_NEGATIVE),
+    (f"{ALL}.final_lr_ratio", 1.5, "in [0, 1]"),
+    (f"{ALL}.batch_tokens", 70, "a multiple of sequence_length=16; the nearest is 64"),
+    (f"{ALL}.batch_tokens", 7, "a multiple of sequence_length=16; the nearest is 16"),
+    (f"{ALL}.budget_probabilities", {}, "sum to 1 (the sum is 0)"),
+    (f"{ALL}.budget_probabilities", {"full": 0.5}, "sum to 1 (the sum is 0.5)"),
+    (f"{ALL}.budget_probabilities", {"full": 1.5, "small": -0.5}, "non-negative"),
+    (f"{WARM}.budget_probabilities", {"full": 1.0}, "null: a pretrain stage has no budgets"),
+    # data
+    ("data.source", "web", "one of stdlib, files, hub"),
+    ("data.path", "texts", "null for stdlib"),
+    ("data.validation_every", 1, "at least 2"),
+    ("data.validation_sequences", 0, POSITIVE),
+    ("data.tokenizer_vocab", 259, "at least 260"),
+    # optim
+    ("optim.beta1", 1.0, "in [0, 1)"),
+    ("optim.beta2", -0.1, "in [0, 1)"),
+    ("optim.eps", 0.0, POSITIVE),
+    ("optim.weight_decay", -0.1, NOT_NEGATIVE),
+    ("optim.gradient_clip", 0.0, POSITIVE),
+    # trainer
+    ("trainer.accelerator", "tpu", "one of auto, cpu, gpu"),
+    ("trainer.strategy", "fsdp", "one of single, ddp"),
+    ("trainer.precision", "16-mixed", "one of 32-true, bf16-mixed, bf16-true"),
+    *(
+        (f"trainer.{name}", 0, POSITIVE)
+        for name in "devices num_nodes validate_every checkpoint_every log_every".split()
+    ),
+    ("trainer.micro_batch_tokens", 0, POSITIVE),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"), RULES, ids=[f"{key}={value}" for key, value, _ in RULES]
+)
+def test_an_impossible_value_names_key_value_and_what_is_allowed(
+    key: str, value: Any, allowed: str
+) -> None:
+    line = refusal(changed(key, value))
+    assert line.startswith(f"{key}={value}: must be ")
+    assert allowed in line
+
+
+@pytest.mark.parametrize("axis", ["hidden", "mamba_head_dim", "depth", "nothing"])
+def test_only_layered_axes_are_heterogeneous(axis: str) -> None:
+    line = refusal(changed("space.heterogeneous", [axis]))
+    allowed = "one of ffn, mamba_heads, attention_heads"
+    assert line == f"space.heterogeneous={axis}: must be {allowed}"
+
+
+def test_a_heterogeneous_axis_needs_choices() -> None:
+    line = refusal(changed("space.heterogeneous", ["ffn", "mamba_heads"]))
+    assert line == "space.heterogeneous=mamba_heads: must be an axis that has choices"
+
+
+# Settings that contradict each other
+
+
+def test_a_parent_is_read_or_built_but_not_both() -> None:
+    both = refusal(changed("parent.path", "somewhere"))
+    neither = refusal(changed("parent", {}))
+    for line in (both, neither):
+        assert re.match(r"parent: set exactly one of parent\.path .* and parent\.shape", line)
+    assert "path=somewhere and shape=set" in both
+    assert "path=None and shape=None" in neither
+
+
+def test_probabilities_are_of_budgets_that_exist() -> None:
+    line = refusal(changed(f"{ALL}.budget_probabilities", {"full": 0.5, "tiny": 0.5}))
+    assert line == f"{ALL}.budget_probabilities=tiny: must be one of full, small"
+
+
+def test_there_is_a_budget() -> None:
+    assert refusal(changed("budgets", {})).startswith("budgets={}: must be at least one budget")
+
+
+@pytest.mark.parametrize("stages", [{}, {"warm": STAGE | {"mode": "pretrain"}}])
+def test_there_is_an_elastic_stage(stages: dict[str, Any]) -> None:
+    line = refusal(changed("curriculum.stages", stages))
+    assert line == f"curriculum.stages={list(stages)}: must be at least one stage of mode elastic"
+
+
+def test_pretraining_comes_first() -> None:
+    stages = {"all": STAGE, "warm": STAGE | {"mode": "pretrain"}}
+    line = refusal(changed("curriculum.stages", stages))
+    assert line.startswith("curriculum.stages=['all', 'warm']: must be ordered: every pretrain")
+
+
+def test_a_random_parent_is_pretrained_and_a_stored_one_need_not_be() -> None:
+    settings = changed("curriculum.stages", {"all": STAGE})
+    line = refusal(settings)
+    assert line.startswith("curriculum.stages: ") and "pretrain stage" in line
+    parse(settings | {"parent": {"path": "somewhere"}}, RunConfig)
+
+
+def test_a_parent_that_is_built_has_no_tokenizer() -> None:
+    settings = changed("data.tokenizer", "parent")
+    assert refusal(settings).startswith("data.tokenizer=parent: a parent built from parent.shape")
+    parse(settings | {"parent": {"path": "somewhere"}}, RunConfig)
+
+
+def test_one_process_is_not_many() -> None:
+    line = refusal(changed("trainer.devices", 3))
+    assert line == "trainer.strategy=single: must be ddp when there are 3 processes"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "line"),
+    [
+        (
+            {"micro_batch_tokens": 24},
+            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
+            "process, 24",
+        ),
+        (
+            {"micro_batch_tokens": 8},
+            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
+            "process, 8",
+        ),
+        (
+            {"micro_batch_tokens": 48},
+            f"{WARM}.batch_tokens=64: must be a multiple of 48 = 48 tokens per forward pass x 1 "
+            "processes; the nearest is 48",
+        ),
+        (
+            {"micro_batch_tokens": 16, "strategy": "ddp", "devices": 3},
+            f"{WARM}.batch_tokens=64: must be a multiple of 48 = 16 tokens per forward pass x 3 "
+            "processes; the nearest is 48",
+        ),
+        (
+            {"strategy": "ddp", "devices": 8},
+            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
+            "process, 8",
+        ),
+        (
+            {"strategy": "ddp", "devices": 100},
+            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
+            "process, 0",
+        ),
+    ],
+    ids=["not_a_multiple", "less_than_one", "batch", "batch_over_processes", "share", "none_left"],
+)
+def test_batches_divide_into_forward_passes_of_whole_sequences(
+    trainer: dict[str, Any], line: str
+) -> None:
+    assert refusal(changed("trainer", trainer)) == line
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.one_of(st.none(), st.integers(1, 99)),
+)
+def test_whatever_passes_divides_evenly(
+    sequence: int, sequences: int, devices: int, micro: int | None
+) -> None:
+    """The rule itself, against brute force."""
+    settings = changed("trainer", {"strategy": "ddp", "devices": devices})
+    settings["trainer"]["micro_batch_tokens"] = micro
+    sizes = {"sequence_length": sequence, "batch_tokens": sequence * sequences}
+    for stage in settings["curriculum"]["stages"].values():
+        stage.update(sizes)
+    tokens = micro or sequence * sequences / devices
+    fits = tokens % sequence == 0 and sequence * sequences % (tokens * devices) == 0
+    if fits:
+        parse(settings, RunConfig)
+    else:
+        refusal(settings)
+
+
+# The other commands
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"dtype": "int8"}, "dtype=int8: must be one of source, float32, bfloat16, float16"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes=0: must be positive"),
+        ({"budget": "???"}, "budget: must be set, for example budget=VALUE"),
+    ],
+)
+def test_extract_settings_are_checked(change: dict[str, Any], line: str) -> None:
+    settings = {"checkpoint": "a", "budget": "small", "output": "b"}
+    assert parse(settings, ExtractConfig).dtype == "source"
+    assert refusal(settings | change, ExtractConfig) == line
+
+
+@pytest.mark.parametrize("name", ["sequences", "sequence_length", "batch_size", "new_tokens"])
+def test_evaluate_settings_are_checked(name: str) -> None:
+    assert parse({"run_dir": "a"}, EvaluateConfig).members == {}
+    line = refusal({"run_dir": "a", name: 0}, EvaluateConfig)
+    assert line == f"{name}=0: must be positive"
+
+
+def test_explain_gives_one_line_for_any_error() -> None:
+    assert explain(ValueError("first\nsecond")) == "first"
+    assert explain(ValueError()) == "ValueError"
+    assert explain(FileExistsError("there")) == "there"
