@@ -258,3 +258,4 @@ class Checkpoints(Callback):
                 trainer.save_checkpoint(temporary)
         else:
             trainer.save_checkpoint(self.path)
+        trainer.strategy.barrier()  # no rank may read the file before it has its name

@@ -9,15 +9,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import selections, shapes, spaces, tiny_shape
 from torch import Tensor
 
 from elastic.architecture import Architecture, Selection, Space
-from elastic.config import ObjectiveConfig, RouterConfig, SpaceConfig
+from elastic.config import RouterConfig, SpaceConfig
 from elastic.cost import parameters
-from elastic.losses import budget_distance, router_terms
+from elastic.losses import budget_distance, identity_distance
 from elastic.router import Router, Schedule, entropy, expected_parameters, sample, schedule
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
@@ -43,7 +44,7 @@ def router_of(space: Space = SPACE, budgets: int = 3, seed: int = 0, **fields: f
 def one_hots(space: Space, selection: Selection) -> dict[str, Tensor]:
     """(1, decisions, choices) per elastic axis, in float64."""
     return {
-        axis: torch.eye(len(space.choices[axis]), dtype=torch.float64)[[list(selection[axis])]]
+        axis: F.one_hot(torch.tensor([selection[axis]]), len(space.choices[axis])).double()
         for axis in space.elastic_axes
     }
 
@@ -178,11 +179,12 @@ def test_a_hard_draw_is_one_hot_and_has_the_gradient_of_the_soft_one() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.004, 0.3, 1.0])
 def test_draws_are_hard_as_often_as_asked(probability: float) -> None:
     """All axes at once, so that a hard draw is a whole member."""
-    logits, draws = router_of(full_bias=0.0)(torch.eye(3)[:1]), 4000
+    logits, draws = {"ffn": torch.zeros(1, 2, 3), "hidden": torch.zeros(1, 1, 3)}, 2000
     source, hard = generator(1), 0
     for _ in range(draws):
         drawn = sample(logits, Schedule(1.0, 1.0), source, probability)
-        extreme = {bool((values.max(-1).values > 1 - 1e-6).all()) for values in drawn.values()}
+        smallest = [values.max(-1).values.min().item() for values in drawn.values()]
+        extreme = {value > 1 - 1e-6 for value in smallest}
         assert len(extreme) == 1
         hard += extreme.pop()
     sigma = math.sqrt(draws * probability * (1 - probability))
@@ -304,10 +306,7 @@ def test_the_gradient_of_the_budget_reaches_every_weight_of_the_router() -> None
 
 
 @pytest.mark.parametrize("heterogeneous", [(), ("ffn", "mamba_heads")], ids=["once", "layered"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_router_alone_learns_to_meet_its_targets(
-    seed: int, heterogeneous: tuple[str, ...]
-) -> None:
+def test_a_router_alone_learns_to_meet_its_targets(heterogeneous: tuple[str, ...]) -> None:
     """method.md, section 12, point 6: only budget and identity losses, on a toy parent. The bare
     argmax ends within 5% of every target, and the full budget at the full choice on every axis."""
     space = space_of(
@@ -317,21 +316,19 @@ def test_a_router_alone_learns_to_meet_its_targets(
         mamba_heads=[6, 4, 2],
         depth=[5, 4, 3],
     )
-    targets = [FULL, round(0.75 * FULL), round(0.5 * FULL)]
-    router = router_of(space, seed=seed, hidden_units=32)
+    targets = torch.tensor([FULL, 0.75 * FULL, 0.5 * FULL])
+    router, config, steps = router_of(space), RouterConfig(), 800
     optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
-    config, objective, steps = RouterConfig(), ObjectiveConfig(), 600
     for step in range(steps):
-        budget = step % 3
         now = schedule(config, step / steps)
-        drawn = sample(router(router.one_hot(budget)), now, generator(step), 0.004)
-        expected = expected_parameters(space, DROP, drawn)
-        target = targets[budget]
-        loss = router_terms(expected, target, target == FULL, drawn, objective)["total"]
+        drawn = sample(router(torch.eye(3)), now, generator(step), config.hard_probability)
+        expected = expected_parameters(space, DROP, drawn)  # (3,): all budgets at once
+        identity = identity_distance({axis: values[:1] for axis, values in drawn.items()})
+        loss = 3 * budget_distance(expected / targets, 1.0) + 10 * identity
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for budget, target in enumerate(targets):
+    for budget, target in enumerate(targets.tolist()):
         picks = router.log_probabilities(budget, config.scale_end)
         selection = {axis: (0,) * space.decisions(axis) for axis in space.choices}
         selection |= {axis: tuple(values.argmax(-1).tolist()) for axis, values in picks.items()}
