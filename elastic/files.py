@@ -24,6 +24,17 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
+def _old(path: Path) -> Path:
+    """Where a directory waits while its successor takes its name."""
+    return path.with_name(f".{path.name}.old")
+
+
+def recover(path: Path) -> None:
+    """Bring back a directory that had stepped aside when its successor failed to arrive."""
+    if not path.exists() and _old(path).is_dir():
+        os.rename(_old(path), path)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write; it becomes `path` if the block ends well, else it is
@@ -44,9 +55,13 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary directory to fill; it becomes `path` if the block ends well, else it is
     gone.
 
+    A directory cannot be renamed over one that is not empty: with `replace` the old one steps aside
+    first, as `.<name>.old`, and comes back if this was stopped right then (see `recover`).
+
     Raises:
         FileExistsError: `path` exists and `replace` is false; nothing is written.
     """
+    recover(path)
     if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; nothing was written")
     made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
@@ -59,17 +74,15 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _sync(file)
-        if path.exists():  # a directory cannot be renamed over one that is not empty
-            old = _temporary(path.with_name(path.name + ".old"))
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, path)
+        if path.exists():
+            shutil.rmtree(_old(path), ignore_errors=True)
+            os.rename(path, _old(path))
+        os.rename(temporary, path)
         _sync(path.parent)
         done = True
+        shutil.rmtree(_old(path), ignore_errors=True)
     finally:
+        recover(path)
         if not done:
             shutil.rmtree(temporary, ignore_errors=True)
             parent = path.parent

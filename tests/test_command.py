@@ -82,7 +82,7 @@ def test_multirun_gives_every_job_its_own_directory(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    """Same global batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
+    """Same batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
     common = ["debug=one_step", "data.source=files", f"data.path='{ROOT}/elastic/*/*.py'"]
     for name, extra in {
         "one": [],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic.files import atomic_directory, atomic_file, digest, write_json
+from elastic.files import atomic_directory, atomic_file, digest, recover, write_json
 
 
 class Interrupted(BaseException):
@@ -179,3 +179,32 @@ def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
     different = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": [1]}, {"b": 1}, [1, 2], [2, 1], None]
     assert len({digest(value) for value in different}) == len(different)
     assert digest({"a": 1}) == "f9d86028c6e0d64e", "stable over releases: it names saved work"
+
+
+def test_a_directory_comes_back_when_its_successor_cannot_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of the two renames fails: the old content is there under its name."""
+    path = tmp_path / "out"
+    with atomic_directory(path) as temporary:
+        (temporary / "a").write_text("old")
+    rename, calls = os.rename, []
+
+    def failing(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no space"), atomic_directory(path, replace=True) as new:
+        (new / "a").write_text("new")
+    assert (path / "a").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_directory_that_stepped_aside_in_a_crash_is_recovered(tmp_path: Path) -> None:
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "a").write_text("old")
+    recover(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "old"

@@ -5,7 +5,6 @@ maximises the total log-probability; nesting is checked on the architectures the
 """
 
 import itertools
-import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -34,7 +33,9 @@ def homogeneous_space(seed: int) -> Space:
     rng = np.random.default_rng(seed)
 
     def some(full: int, unit: int = 1) -> list[int]:
-        smaller = rng.choice(np.arange(1, full // unit), size=min(2, full // unit - 1), replace=False)
+        smaller = rng.choice(
+            np.arange(1, full // unit), size=min(2, full // unit - 1), replace=False
+        )
         return [full, *sorted((int(value) * unit for value in smaller), reverse=True)]
 
     return space_of(
@@ -264,7 +265,7 @@ def test_a_single_budget_gets_the_most_probable_layers(name: str, seed: int) -> 
 @pytest.mark.parametrize("name", LAYERED)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_heterogeneous_family_is_nested_on_every_layer(name: str, seed: int) -> None:
-    """In tolerance, nested, never better than brute force, and free it is the best."""
+    """In tolerance, nested, and without nesting the best of every budget."""
     space = LAYERED[name]
     members = everything(space)
     targets = some_targets(members, seed)
@@ -279,7 +280,9 @@ def test_a_heterogeneous_family_is_nested_on_every_layer(name: str, seed: int) -
     try:
         nested = search.family(targets, logs, True)
     except ConfigError:
-        return  # see the next test
+        if brute_force(members, targets, logs, 0.03, True) is not None:
+            pytest.xfail("a nested family is missed, see the next test")
+        return
     assert_family(space, targets, nested, True)
     for outer, inner in itertools.pairwise(nested.values()):
         for axis in AXES:
@@ -331,17 +334,17 @@ def test_an_unreachable_target_names_the_closest_sizes(name: str) -> None:
 def test_a_budget_that_only_fails_inside_the_larger_one_says_so() -> None:
     """Each target has one member: wide and shallow, narrow and deep."""
     space = space_of(hidden=[16, 8], ffn=[32, 8])
-    members = {m.architecture: m for m in everything(space)}
-    sizes = {(m.architecture.hidden_size, m.selection["ffn"][0]): m.params for m in members.values()}
-    narrow, thin = sizes[8, 0], sizes[16, 1]
+    members = everything(space)
+    sizes = {(m.selection["hidden"][0], m.selection["ffn"][0]): m.params for m in members}
+    narrow, thin = sizes[1, 0], sizes[0, 1]
     targets = {"medium": max(narrow, thin), "small": min(narrow, thin)}
     search = Search(space, DROP, 0.01)
     flat: Logs = {name: {} for name in targets}
     search.family(targets, flat, False)
     with pytest.raises(ConfigError, match=r"^budgets\.small: .*, nested$") as error:
         search.family(targets, flat, True)
-    outer = next(m for m in members.values() if m.params == targets["medium"])
-    inside = [m.params for m in members.values() if m.architecture.is_within(outer.architecture)]
+    outer = next(m for m in members if m.params == targets["medium"])
+    inside = [m.params for m in members if m.architecture.is_within(outer.architecture)]
     assert f"reachable are {closest(inside, targets['small'])}, nested" in str(error.value)
 
 
@@ -363,6 +366,16 @@ def test_what_some_drop_order_reaches_is_accepted(order: tuple[int, ...]) -> Non
     space = Space.build(SpaceConfig(depth=[8, 5]), SIDES)
     target = parameters(SIDES, Architecture.full(SIDES).without(set(order)))
     check_reachable(space, {"small": target}, importance(), 1e-6, True)
+
+
+@pytest.mark.xfail(strict=True, reason="a few drop orders stand for all; mixed ones are not tried")
+def test_what_only_a_mixed_drop_order_reaches_is_accepted() -> None:
+    """The real ranking may well drop four MLPs and two Mamba layers."""
+    shape = tiny_shape(pattern="M-M-M-M-M-M-M-", hidden_size=16, intermediate_size=40)
+    space = Space.build(SpaceConfig(depth=[14, 8]), shape)
+    target = parameters(shape, Architecture.full(shape).without({1, 3, 5, 7, 2, 4}))
+    Search(space, (1, 3, 5, 7, 2, 4), 0.01).family({"small": target}, {"small": {}}, True)
+    check_reachable(space, {"small": target}, importance(), 0.01, True)
 
 
 def test_what_no_drop_order_reaches_is_refused() -> None:

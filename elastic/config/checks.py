@@ -1,5 +1,6 @@
 """Checks of settings, and one line for whatever is wrong with them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -31,9 +32,22 @@ def parse(raw: DictConfig | dict[str, Any], schema: type[T]) -> T:
         missing = sorted(OmegaConf.missing_keys(raw) | OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]}: must be set, for example {missing[0]}=VALUE")
+        _require_finite(OmegaConf.to_container(merged), "")
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+
+
+def _require_finite(value: Any, key: str) -> None:
+    """No setting may be infinite or not a number."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            _require_finite(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            _require_finite(entry, key)
+    elif isinstance(value, float):
+        require(math.isfinite(value), key, value, "a finite number")
 
 
 def explain(error: BaseException) -> str:
@@ -55,6 +69,8 @@ def explain(error: BaseException) -> str:
         if cause.key is not None and known and str(cause.key) not in known:
             return f"{cause.full_key}: unknown; must be one of {', '.join(known)}"
         reason = next(line.strip() for line in str(cause).splitlines() if line.strip())
+        if "is not a ListConfig" in reason:
+            reason = "must be a list, for example [3,2,1], or null"
         return f"{cause.full_key}: {reason}"
     if isinstance(error, HydraException):
         options = [line for line in lines[1:] if "=" not in line and ":" not in line]

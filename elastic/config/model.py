@@ -1,6 +1,5 @@
 """Settings of the model: the parent, what can shrink, and to which sizes."""
 
-import math
 from dataclasses import dataclass, field
 
 from elastic.config.checks import ConfigError, one_of, require
@@ -114,7 +113,7 @@ class BudgetConfig:
     def check(self, where: str) -> None:
         """Raise `ConfigError` for a value that cannot work; `where` is the budget's key."""
         require(
-            math.isfinite(self.params) and self.params > 0,
+            self.params > 0,
             f"{where}.params",
             self.params,
             "positive: a share of the parent up to 1, or a number of parameters",

@@ -288,9 +288,7 @@ def test_too_few_droppable_layers_are_an_error_that_says_what_to_set() -> None:
     with pytest.raises(ConfigError, match="drops up to 7 layers, but only 6 of M-M-") as error:
         rank_layers(parent, tokens, settings(), 7, generator())
     assert "importance.drop_attention" in str(error.value)
-    rank_layers(
-        parent, tokens, settings(drop_ends=True, depth_method="one_pass"), 7, generator()
-    )
+    rank_layers(parent, tokens, settings(drop_ends=True, depth_method="one_pass"), 7, generator())
 
 
 def test_nothing_to_drop_runs_no_trial() -> None:
