@@ -21,8 +21,7 @@ demo: $(STAMP)  ## train the tiny family, cut its members out, and show what the
 	rm -rf $(DEMO)/members
 	$(BIN)/python extract.py checkpoint=$(DEMO)/elastic budget=medium output=$(DEMO)/members/medium
 	$(BIN)/python extract.py checkpoint=$(DEMO)/elastic budget=small output=$(DEMO)/members/small
-	$(BIN)/python -m elastic.evaluate run_dir=$(DEMO) \
-		members.medium=$(DEMO)/members/medium members.small=$(DEMO)/members/small
+	$(BIN)/python -m elastic.evaluate run_dir=$(DEMO) members=$(DEMO)/members
 
 test: lint types  ## lint, types and the whole suite
 	$(BIN)/python -m pytest

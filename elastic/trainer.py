@@ -316,9 +316,11 @@ class Run:
             stage.config.sequence_length,
         )
         path = str(self.last) if resumed else None
-        trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=path)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=path)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            log.info("interrupted; the same command goes on from %s", self.last)
+            raise
 
     # Output
 

@@ -77,7 +77,7 @@ def small_settings(run_dir: Path, *overrides: str, steps: tuple[int, int, int]) 
         *SMALL_SPACE,
         *CALIBRATION,
         *stage("pretrain", pretrain, lr=5e-3),
-        *stage("short", short),
+        *stage("short", short, lr=2e-3),
         *stage("long", long, length=256, lr=1e-3),
         *overrides,
     )

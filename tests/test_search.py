@@ -21,6 +21,8 @@ SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 DROP = (1, 3)
 """Layers to drop, least important first."""
 
+FULL = parameters(SHAPE, Architecture.full(SHAPE))
+
 Logs = dict[str, dict[str, np.ndarray]]
 
 
@@ -262,6 +264,22 @@ def test_a_single_budget_gets_the_most_probable_layers(name: str, seed: int) -> 
         assert total(logs, family) == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_layers_can_outweigh_the_other_axes() -> None:
+    """The hidden size that is likelier by itself needs layers that are very unlikely."""
+    space = space_of(["ffn"], hidden=[16, 12], ffn=[32, 20, 12])
+    logs = random_logs(space, ["small"], 0)
+    logs["small"]["hidden"] = np.log([[0.6, 0.4]])
+    logs["small"]["ffn"] = np.tile(np.log([[0.9, 0.09, 0.01]]), (2, 1))
+    target = parameters(SHAPE, space.architecture(selection(space, hidden=1), DROP))
+    members = everything(space)
+    wide = [m for m in allowed(members, target, 0.05, FULL) if m.architecture.hidden_size == 16]
+    assert wide, "both hidden sizes can meet the target"
+    choice = Search(space, DROP, 0.05).family({"small": target}, logs, True)["small"]
+    assert choice.architecture.hidden_size == 12
+    expected = brute_force(members, {"small": target}, logs, 0.05, True)
+    assert score(logs["small"], choice.selection) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", LAYERED)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_heterogeneous_family_is_nested_on_every_layer(name: str, seed: int) -> None:
@@ -410,8 +428,6 @@ def test_nesting_is_part_of_being_reachable() -> None:
 
 
 # Targets
-
-FULL = parameters(SHAPE, Architecture.full(SHAPE))
 
 
 def budgets(**params: float) -> dict[str, BudgetConfig]:

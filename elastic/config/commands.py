@@ -110,8 +110,9 @@ class EvaluateConfig:
 
     run_dir: str
     """Run whose elastic checkpoint and validation text are used."""
-    members: dict[str, str] = field(default_factory=dict)
-    """Extracted directories by budget name; a budget that is not named is cut in memory."""
+    members: str | None = None
+    """Directory with one extracted checkpoint per budget, named after it; what is not there is cut
+    in memory."""
     sequences: int = 64
     """Validation sequences."""
     sequence_length: int = 512

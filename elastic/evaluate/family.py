@@ -66,13 +66,17 @@ def validation_batches(config: EvaluateConfig, tokens: np.ndarray) -> list[Tenso
     return list(chosen.split(config.batch_size))
 
 
+def _directory(config: EvaluateConfig, budget: str) -> Path | None:
+    """Where an extracted member is, if it is there."""
+    directory = None if config.members is None else Path(config.members) / budget
+    return directory if directory is not None and directory.is_dir() else None
+
+
 def _stock(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCausalLM:
     """A member in stock transformers: from its own directory, or cut in memory."""
-    if budget not in config.members:
+    directory = _directory(config, budget)
+    if directory is None:
         return load(elastic, budget)
-    directory = Path(config.members[budget])
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"members.{budget}={directory}: must be an extracted checkpoint")
     return NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
@@ -94,11 +98,12 @@ def _sorted_parent(run_dir: Path, manifest: Manifest) -> tuple[HybridParent, Hyb
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure every budget of a run, print the table, write the JSON."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     run_dir = Path(config.run_dir)
     elastic = run_dir / "elastic"
     manifest = Manifest.read(elastic)
-    for budget in config.members:
-        manifest.member(budget)
+    if config.members is not None and not Path(config.members).is_dir():
+        raise ConfigError(f"members={config.members}: must be a directory of extracted members")
     batches = validation_batches(config, load_tokens(run_dir / "data" / "validation.npy"))
     parent, ordered = _sorted_parent(run_dir, manifest)
     parent_loss = mean_loss(parent.logits, batches)
@@ -148,7 +153,7 @@ def generate(config: EvaluateConfig, elastic: Path, budget: str) -> list[str]:
     """Greedy continuations of the prompts by one member."""
     if not config.prompts:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(config.members.get(budget, str(elastic)))
+    tokenizer = AutoTokenizer.from_pretrained(_directory(config, budget) or elastic)
     model: Any = _stock(config, elastic, budget)
     texts: list[str] = []
     for prompt in config.prompts:
