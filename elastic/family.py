@@ -14,7 +14,7 @@ from elastic.losses import router_terms
 from elastic.masks import soft_keep
 from elastic.parent import Member
 from elastic.router import Router, entropy, expected_parameters, sample, schedule
-from elastic.search import Choice, Search
+from elastic.search import Choice, Search, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class Family:
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0
         flat: dict[str, dict] = {name: {} for name in self.targets}
-        self.search.family(self.targets, flat, self.nested)  # unreachable targets stop here
+        # Unreachable targets stop here; and this family is there should the router's search fail.
+        self._some_family = self.search.family(self.targets, flat, self.nested)
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +102,11 @@ class Family:
             name: self.router.log_probabilities(index, scale)
             for index, name in enumerate(self.names)
         }
-        return self.search.family(self.targets, log_probabilities, self.nested)
+        try:
+            return self.search.family(self.targets, log_probabilities, self.nested)
+        except Unreachable as error:
+            log.warning("%s; taking a family that is legal, but not the router's own", error)
+            return self._some_family
 
     def freeze_if_due(self, progress: float) -> bool:
         """Fix the choices when the schedule says so, or when they have settled; True if just

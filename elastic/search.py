@@ -18,6 +18,15 @@ from elastic.cost import LayerSize, layer_parameters, parameters
 LogProbabilities = Mapping[str, np.ndarray]
 """axis -> (decisions, choices); an axis that is left alone may be absent."""
 
+Table = tuple[str, np.ndarray, np.ndarray, list[np.ndarray], int]
+"""A heterogeneous axis: its name, cost and score per sum of widths, choices per layer, unit."""
+
+FILLINGS = 32
+"""Fillings of the layers that are tried per combination of the other axes."""
+
+ATTEMPTS, PATIENCE = 100, 2_000
+"""Members that are tried for one family before the best one so far is taken, and while none is."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -49,6 +58,21 @@ def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[
     return dict(sorted(targets.items(), key=lambda item: -item[1]))
 
 
+class Unreachable(ConfigError):
+    """A target that no member meets; names the closest sizes, 0 where there is none."""
+
+    def __init__(
+        self, name: str, target: int, closest: tuple[int, int], tolerance: float, nested: bool
+    ) -> None:
+        self.name, self.target, self.closest = name, target, closest
+        self.tolerance, self.nested = tolerance, nested
+        sizes = " and ".join(f"{size:,}" for size in closest if size)
+        super().__init__(
+            f"budgets.{name}: no combination of space is within {tolerance:.1%} of {target:,} "
+            f"parameters; the closest reachable are {sizes}" + (", nested" if nested else "")
+        )
+
+
 class Search:
     """Members of one space under one drop order, by size and by probability."""
 
@@ -78,34 +102,44 @@ class Search:
         largest = self._whole()
         ceiling = []  # best score of every budget on its own, without nesting
         for name in names:
-            first = next(self._candidates(targets[name], log_probabilities[name], largest), None)
+            first = next(self._candidates(targets[name], log_probabilities[name], largest, 1), None)
             if first is None:
-                raise ConfigError(self._unreachable(name, targets[name], largest))
+                raise self._unreachable(name, targets[name], largest, False)
             ceiling.append(first[0])
 
         failed: dict[str, Selection] = {}
 
-        def best(position: int, outer: Selection) -> tuple[float, list[Selection]] | None:
+        def best(
+            position: int, outer: Selection, fillings: int
+        ) -> tuple[float, list[Selection]] | None:
             if position == len(names):
                 return 0.0, []
             name = names[position]
             found: tuple[float, list[Selection]] | None = None
             hope = sum(ceiling[position + 1 :])
             limit = outer if nested else largest
-            for score, selection in self._candidates(targets[name], log_probabilities[name], limit):
-                if found is not None and score + hope <= found[0]:
+            for score, selection in self._candidates(
+                targets[name], log_probabilities[name], limit, fillings
+            ):
+                patience = ATTEMPTS if found is not None and fillings > 1 else PATIENCE
+                if next(attempts) > patience or found is not None and score + hope <= found[0]:
                     break
-                rest = best(position + 1, selection)
+                rest = best(position + 1, selection, fillings)
                 if rest is not None and (found is None or score + rest[0] > found[0]):
                     found = score + rest[0], [selection, *rest[1]]
             if found is None:
                 failed[name] = outer
             return found
 
-        solution = best(0, largest)
+        # One filling per combination is quick and nearly always enough; more only when it is not.
+        for fillings in (1, FILLINGS):
+            attempts = itertools.count()
+            solution = best(0, largest, fillings)
+            if solution is not None:
+                break
         if solution is None:
             name, outer = next(iter(failed.items()))
-            raise ConfigError(self._unreachable(name, targets[name], outer) + ", nested")
+            raise self._unreachable(name, targets[name], outer, nested)
         choices = {}
         for name, selection in zip(names, solution[1], strict=True):
             architecture = self.space.architecture(selection, self.drop_order)
@@ -117,7 +151,7 @@ class Search:
         return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
 
     def _candidates(
-        self, target: int, log_probabilities: LogProbabilities, outer: Selection
+        self, target: int, log_probabilities: LogProbabilities, outer: Selection, fillings: int
     ) -> Iterator[tuple[float, Selection]]:
         """Members within tolerance of the target and within `outer`, most probable first."""
         if target == self.full:
@@ -125,8 +159,9 @@ class Search:
                 yield self._score(log_probabilities, outer), outer
             return
         heap: list[tuple[float, int, bool, Selection]] = []
+        tickets = itertools.count()  # ties keep their order
         ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
-        for number, indices in enumerate(itertools.product(*ranges)):
+        for indices in itertools.product(*ranges):
             once: Selection = {
                 axis: (index,) for axis, index in zip(self._once, indices, strict=True)
             }
@@ -134,16 +169,16 @@ class Search:
             for axis in self._layered:  # the best that the layers could add
                 for layer, floor in enumerate(outer[axis]):
                     bound += float(_log(log_probabilities, self.space, axis)[layer, floor:].max())
-            heapq.heappush(heap, (-bound, number, False, once))
+            heapq.heappush(heap, (-bound, next(tickets), False, once))
         while heap:
-            score, number, complete, selection = heapq.heappop(heap)
+            score, _, complete, selection = heapq.heappop(heap)
             if complete:
                 yield -score, selection
                 continue
-            filled = self._fill_layers(target, log_probabilities, selection, outer)
-            if filled is not None:
+            found = self._fill_layers(target, log_probabilities, selection, outer)
+            for filled in itertools.islice(found, fillings):
                 total = self._score(log_probabilities, filled)
-                heapq.heappush(heap, (-total, number, True, filled))
+                heapq.heappush(heap, (-total, next(tickets), True, filled))
 
     def _score(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
         return sum(
@@ -191,7 +226,7 @@ class Search:
 
     def _layer_tables(
         self, log_probabilities: LogProbabilities, once: Selection, outer: Selection
-    ) -> tuple[int, list[tuple[str, np.ndarray, np.ndarray, list[np.ndarray], int]]]:
+    ) -> tuple[int, list[Table]]:
         """Base cost without the heterogeneous widths, and per heterogeneous axis: cost per sum,
         score per sum, choices, unit."""
         shape = self.space.shape
@@ -223,36 +258,40 @@ class Search:
 
     def _fill_layers(
         self, target: int, log_probabilities: LogProbabilities, once: Selection, outer: Selection
-    ) -> Selection | None:
-        """Complete a selection with the most probable widths per layer that meet the target."""
+    ) -> Iterator[Selection]:
+        """Complete a selection with widths per layer that meet the target, most probable first.
+
+        One filling, the best, for each way of sharing the parameters between the axes; a nested
+        family may need another than the first, since the next budget has to fit inside.
+        """
         base, tables = self._layer_tables(log_probabilities, once, outer)
         margin = self.tolerance * target
         costs, scores = np.array([base]), np.zeros(1)
         for _, more_costs, more_scores, _, _ in tables:
             costs = (costs[:, None] + more_costs).ravel()
             scores = (scores[:, None] + more_scores).ravel()
-        scores = np.where(np.abs(costs - target) <= margin, scores, -np.inf)
-        winner = int(scores.argmax())
-        if scores[winner] == -np.inf:
-            return None
+        met = np.flatnonzero((np.abs(costs - target) <= margin) & (scores > -np.inf))
+        for winner in met[np.argsort(-scores[met], kind="stable")]:
+            yield self._trace(int(winner), tables, once)
+
+    def _trace(self, winner: int, tables: list[Table], once: Selection) -> Selection:
+        """The choice of every layer behind one entry of the combined tables."""
         selection = dict(once)
+        dropped = self._dropped(once)
         for axis, more_costs, _, taken, unit in reversed(tables):
             winner, total = divmod(winner, len(more_costs))
             indices = []
             layers = self.space.layers_of(axis)
-            dropped = self._dropped(once)
             for layer, choice in zip(reversed(layers), reversed(taken), strict=True):
-                index = int(
-                    choice[min(total, len(choice) - 1)] if layer in dropped else choice[total]
-                )
-                indices.append(index)
+                at = min(total, len(choice) - 1) if layer in dropped else total
+                indices.append(int(choice[at]))
                 if layer not in dropped:
-                    total -= self.space.choices[axis][index] // unit
+                    total -= self.space.choices[axis][indices[-1]] // unit
             selection[axis] = tuple(reversed(indices))
         return {axis: selection[axis] for axis in AXES}
 
-    def _unreachable(self, name: str, target: int, outer: Selection) -> str:
-        """One line that names the closest reachable sizes."""
+    def _unreachable(self, name: str, target: int, outer: Selection, nested: bool) -> Unreachable:
+        """The error that names the closest sizes within `outer`."""
         flat = {
             axis: np.zeros((self.space.decisions(axis), len(self.space.choices[axis])))
             for axis in AXES
@@ -271,11 +310,7 @@ class Search:
             below = max(below, int(smaller.max(initial=0)))
             if larger.size:
                 above = min(above or int(larger.min()), int(larger.min()))
-        closest = " and ".join(f"{size:,}" for size in (below, above) if size)
-        return (
-            f"budgets.{name}: no combination of space is within {self.tolerance:.1%} of "
-            f"{target:,} parameters; the closest reachable are {closest}"
-        )
+        return Unreachable(name, target, (below, above), self.tolerance, nested)
 
 
 def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.ndarray:
@@ -295,23 +330,47 @@ def check_reachable(
     """Stop before any work if some target cannot be met, whatever the depth ranking turns out to
     be.
 
-    The ranking is not known yet, so that a few drop orders stand for all: by index, from the end,
-    and each kind of layer first. The real one is checked again as soon as it is there.
+    The ranking is not known yet, so that orders of every composition stand for it. The real one is
+    checked again as soon as it is there.
     """
-    shape, flat = space.shape, {name: {} for name in targets}  # type: ignore[var-annotated]
+    flat: dict[str, LogProbabilities] = {name: {} for name in targets}
     layers = droppable_layers(
-        shape, importance.drop_attention, importance.drop_ends, space.max_dropped
+        space.shape, importance.drop_attention, importance.drop_ends, space.max_dropped
     )
-    orders = [layers, layers[::-1]]
-    for kind in sorted(set(shape.kinds)):
-        first = [layer for layer in layers if shape.kinds[layer] == kind]
-        orders.append((*first, *(layer for layer in layers if layer not in first)))
-    error: ConfigError | None = None
-    for order in dict.fromkeys(order[: space.max_dropped] for order in orders):
+    first: Unreachable | None = None
+    for order in _drop_orders(space.shape, layers, space.max_dropped):
         try:
             Search(space, order, tolerance).family(targets, flat, nested)
             return
-        except ConfigError as reason:
-            error = error or reason
-    assert error is not None
-    raise error
+        except Unreachable as error:
+            if first is None:
+                first = error
+            elif (error.name, error.nested) == (first.name, first.nested):
+                below = max(first.closest[0], error.closest[0])
+                above = min(filter(None, (first.closest[1], error.closest[1])), default=0)
+                closest = (below, above)
+                first = Unreachable(first.name, first.target, closest, tolerance, first.nested)
+    assert first is not None
+    raise first
+
+
+def _drop_orders(
+    shape: ParentShape, layers: Sequence[int], count: int
+) -> Iterator[tuple[int, ...]]:
+    """Orders that differ in cost: every number of layers per kind, kind by kind or in turns.
+
+    Layers of one kind cost the same, so that the first ones stand for all.
+    """
+    kinds = sorted({shape.kinds[layer] for layer in layers})
+    by_kind = [[layer for layer in layers if shape.kinds[layer] == kind] for kind in kinds]
+    seen = set()
+    for numbers in itertools.product(*(range(len(group) + 1) for group in by_kind)):
+        if sum(numbers) != count:
+            continue
+        parts = [group[:number] for group, number in zip(by_kind, numbers, strict=True)]
+        blocks = [tuple(itertools.chain(*order)) for order in itertools.permutations(parts)]
+        turns = itertools.chain(*itertools.zip_longest(*parts))
+        for order in (*blocks, tuple(layer for layer in turns if layer is not None)):
+            if order not in seen:
+                seen.add(order)
+                yield order

@@ -15,6 +15,7 @@ from elastic.family import Draw, Family, describe, sizes
 from elastic.masks import hard_keep
 from elastic.parent import Keep
 from elastic.router import Router
+from elastic.search import Unreachable
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 WHOLE = Architecture.full(SHAPE)
@@ -334,3 +335,26 @@ def test_sizes_are_means_over_the_kept_layers() -> None:
     assert figures["params"] == parameters(SHAPE, choice.architecture)
     dropped = family.choice(taken | {"ffn": (1, 4), "depth": (1,)})
     assert sizes(dropped)["ffn"] == 16 and sizes(dropped)["depth"] == 4
+
+
+def test_a_search_that_fails_half_way_falls_back_to_a_legal_family(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The freeze must not end a run of days: targets were met at the start, so they are met now."""
+    family = family_of()
+
+    def fail(*args: object) -> None:
+        raise Unreachable("small", 1, (0, 2), 0.01, True)
+
+    monkeypatch.setattr(family.search, "family", fail)
+    assert family.freeze_if_due(1.0)
+    assert "small" in caplog.text
+    assert_legal(family.choices(1.0))
+
+
+def assert_legal(choices: dict) -> None:
+    """Nested, and each within tolerance of its target."""
+    for outer, inner in itertools.pairwise(choices.values()):
+        assert inner.architecture.is_within(outer.architecture)
+    for name, choice in choices.items():
+        assert abs(choice.params / TARGETS[name] - 1) <= 0.02

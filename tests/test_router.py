@@ -145,13 +145,14 @@ def test_draws_are_distributions(hard: float, temperature: float) -> None:
 
 
 def test_the_same_seed_draws_the_same() -> None:
+    """Hard or soft included; the global generator has no say."""
     logits, now = router_of()(torch.eye(3)), Schedule(1.0, 1.0)
-    first = sample(logits, now, generator(3), 0.5)
-    torch.manual_seed(99)
-    torch.rand(7)
-    second, other = (sample(logits, now, generator(seed), 0.5) for seed in (3, 4))
-    assert all(torch.equal(first[axis], second[axis]) for axis in first)
-    assert not any(torch.equal(first[axis], other[axis]) for axis in first)
+    for seed in range(8):
+        first = sample(logits, now, generator(seed), 0.5)
+        torch.manual_seed(seed + 1)
+        second, other = (sample(logits, now, generator(s), 0.5) for s in (seed, seed + 100))
+        assert all(torch.equal(first[axis], second[axis]) for axis in first)
+        assert any(not torch.equal(first[axis], other[axis]) for axis in first)
 
 
 def test_axes_and_layers_have_noise_of_their_own() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -88,24 +88,28 @@ def rank(
 
 def read_orders(path: Path, shape: ParentShape, smallest_head_dim: int) -> Orders:
     """Width orders of a finished ranking; `ValueError` when there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: not found; the run has not ranked its parent yet")
-    with safe_open(path, framework="pt") as file:
-        scores = {name: file.get_tensor(name) for name in file.keys()}
-    return rank_widths(shape, scores, smallest_head_dim)
+    stored = _read(path)
+    if stored is None:
+        raise ValueError(f"{path}: no finished ranking there; run train.py on this run_dir first")
+    return rank_widths(shape, stored[0], smallest_head_dim)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Scores and metadata of a ranking file; None when there is none, or none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
 
 
 def _load(
     path: Path, key: str
 ) -> tuple[dict[str, Tensor], list[int], list[dict[int, float]]] | None:
     """Stored scores, if they are there and belong to this key."""
-    if not path.is_file():
+    stored = _read(path)
+    if stored is None or stored[1].get("key") != key:
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata.get("key") != key:
-            return None
-        scores = {name: file.get_tensor(name) for name in file.keys()}
-    depth = json.loads(metadata["depth"])
+    depth = json.loads(stored[1]["depth"])
     rounds = [{int(layer): error for layer, error in trial.items()} for trial in depth["rounds"]]
-    return scores, depth["order"], rounds
+    return stored[0], depth["order"], rounds
