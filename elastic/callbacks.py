@@ -18,6 +18,7 @@ from elastic.family import sizes
 from elastic.files import atomic_file
 from elastic.losses import cross_entropy, distillation
 from elastic.module import PARENT, ElasticModule
+from elastic.parent import Member
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,6 @@ class BudgetValidation(Callback):
     def __init__(self, data: DataLoader[Tensor], every: int) -> None:
         self.data, self.every = data, every
         self.last_step = -1
-        self.parent_loss: float | None = None
 
     def on_train_batch_end(
         self,
@@ -182,50 +182,45 @@ class BudgetValidation(Callback):
         self.last_step = trainer.global_step
         row: dict[str, float] = {}
         if module.family is None:
-            row[f"val/{PARENT}/loss"] = self._measure(module, None)[0]
+            losses, _ = self._measure(module, {PARENT: None})
         else:
-            if self.parent_loss is None:
-                self.parent_loss = self._teacher_loss(module)
-            row[f"val/{PARENT}/loss"] = self.parent_loss
-            for name, choice in module.family.choices(module.progress).items():
-                loss, divergence = self._measure(module, module.family.member(choice))
-                row[f"val/{name}/loss"] = loss
-                row[f"val/{name}/kl"] = divergence
-                row[f"val/{name}/gap"] = loss / self.parent_loss - 1
+            choices = module.family.choices(module.progress)
+            members = {name: module.family.member(choice) for name, choice in choices.items()}
+            losses, divergences = self._measure(module, members)
+            for name, choice in choices.items():
+                row[f"val/{name}/kl"] = divergences[name]
+                row[f"val/{name}/gap"] = losses[name] / losses[PARENT] - 1
                 for axis, size in sizes(choice).items():
                     row[f"router/{name}/{axis}"] = size
+        row |= {f"val/{name}/loss": loss for name, loss in losses.items()}
         _log(trainer, module, row)
-        shown = ", ".join(
-            f"{name.split('/')[1]} {value:.4f}" for name, value in row.items() if "/loss" in name
-        )
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         log.info("%s step %d: validation loss %s", module.stage.name, trainer.global_step, shown)
 
-    def _measure(self, module: ElasticModule, member: Any) -> tuple[float, float]:
-        """Mean loss, and mean KL to the teacher (0 without one), in nats per token."""
-        chunk, totals, count = module.objective.chunk_tokens, torch.zeros(2), 0
-        for batch in self.data:
-            batch = batch.to(module.device)
-            tokens = batch[:, 1:].numel()
-            student, teacher = module.head(module.parent, batch, member), module.teach(batch)
-            loss = cross_entropy(student, batch[:, 1:].flatten(), chunk)
-            kl = torch.zeros(()) if teacher is None else distillation(student, teacher, 1.0, chunk)
-            totals += torch.stack([loss.cpu(), kl.cpu()]) * tokens
-            count += tokens
-        loss_mean, kl_mean = (totals / count).tolist()
-        return loss_mean, kl_mean
-
-    def _teacher_loss(self, module: ElasticModule) -> float:
-        total, count = 0.0, 0
+    def _measure(
+        self, module: ElasticModule, members: dict[str, Member]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean loss of every member and of the teacher, and mean KL to it, in nats per token."""
+        losses: dict[str, float] = defaultdict(float)
+        divergences: dict[str, float] = defaultdict(float)
+        chunk, count = module.objective.chunk_tokens, 0
         for batch in self.data:
             batch = batch.to(module.device)
             targets = batch[:, 1:].flatten()
-            head = module.teach(batch)
-            assert head is not None
-            total += float(cross_entropy(head, targets, module.objective.chunk_tokens)) * len(
-                targets
-            )
+            teacher = module.teach(batch)  # once for all members
+            if teacher is not None:
+                losses[PARENT] += float(cross_entropy(teacher, targets, chunk)) * len(targets)
+            for name, member in members.items():
+                student = module.head(module.parent, batch, member)
+                losses[name] += float(cross_entropy(student, targets, chunk)) * len(targets)
+                if teacher is not None:
+                    divergence = float(distillation(student, teacher, 1.0, chunk))
+                    divergences[name] += divergence * len(targets)
             count += len(targets)
-        return total / count
+        return (
+            {name: total / count for name, total in losses.items()},
+            {name: total / count for name, total in divergences.items()},
+        )
 
 
 class Checkpoints(Callback):

@@ -272,7 +272,7 @@ def test_extract_settings_are_checked(change: dict[str, Any], line: str) -> None
 
 @pytest.mark.parametrize("name", ["sequences", "sequence_length", "batch_size", "new_tokens"])
 def test_evaluate_settings_are_checked(name: str) -> None:
-    assert parse({"run_dir": "a"}, EvaluateConfig).members == {}
+    assert parse({"run_dir": "a"}, EvaluateConfig).members is None
     line = refusal({"run_dir": "a", name: 0}, EvaluateConfig)
     assert line == f"{name}=0: must be positive"
 

@@ -19,7 +19,7 @@ class ObjectiveConfig:
     """Relative distance of the expected size from the target."""
     identity_weight: float = 10.0
     """Pull of the full budget towards the full-size choices."""
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 2048
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
