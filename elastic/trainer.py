@@ -100,6 +100,8 @@ class Run:
             raise ConfigError(f"run_dir={self.run_dir}: exists and is not a directory")
         if not self.run_dir.exists() or not any(self.run_dir.iterdir()):
             return
+        if global_rank() != 0:
+            return  # the first rank has looked already, and has begun to write
         if not self.config.resume:
             raise ConfigError(
                 f"resume=false: run_dir={self.run_dir} is not empty; "
