@@ -1,6 +1,7 @@
 """The members in training: soft masks while the router learns, fixed architectures afterwards."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ class Family:
         for index in range(len(self.names)):
             for axis, values in self.router.log_probabilities(index, scale).items():
                 picks.extend((axis, int(pick)) for pick in values.argmax(-1))
-                sure = sure and bool((values.max(-1) > torch.tensor(SETTLED).log().item()).all())
+                sure = sure and bool((values.max(-1) > math.log(SETTLED)).all())
         self._settled = self._settled + 1 if sure and picks == self._last_picks else 0
         self._last_picks = picks
         return self._settled >= self.config.settled_steps

@@ -65,7 +65,7 @@ class Unreachable(ConfigError):
         self, name: str, target: int, closest: tuple[int, int], tolerance: float, nested: bool
     ) -> None:
         self.name, self.target, self.closest = name, target, closest
-        self.tolerance, self.nested = tolerance, nested
+        self.nested = nested
         sizes = " and ".join(f"{size:,}" for size in closest if size)
         super().__init__(
             f"budgets.{name}: no combination of space is within {tolerance:.1%} of {target:,} "

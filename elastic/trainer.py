@@ -239,8 +239,6 @@ class Run:
         )
         stages = [stage for stage in self.stages if stage.config.mode == "elastic"]
         self._run_stages(stages, parent, family, (teacher, ranking), loggers, resumed)
-        for name, choice in family.choices(1.0).items():
-            log.info("%s: %s", name, f"{choice.params:,} parameters")
         return self.run_dir / "elastic"
 
     def _run_stages(

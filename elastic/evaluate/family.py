@@ -80,19 +80,14 @@ def _stock(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCa
     return NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def _sorted_parent(run_dir: Path, manifest: Manifest) -> tuple[HybridParent, HybridParent]:
-    """The parent as it was before elastic training, and the same one sorted."""
-    stored = run_dir / "config.yaml"
-    run = parse(yaml.safe_load(stored.read_text()), RunConfig)
+def _parent(run_dir: Path) -> HybridParent:
+    """The parent as it was before elastic training."""
     source = run_dir / "parent"
     if not source.is_dir():
+        run = parse(yaml.safe_load((run_dir / "config.yaml").read_text()), RunConfig)
         assert run.parent.path is not None
         source = locate(run.parent.path)
-    parent, ordered = load_parent(source), load_parent(source)
-    smallest = manifest.space["choices"]["mamba_head_dim"][-1]
-    scores = run_dir / "importance" / "scores.safetensors"
-    sort_parent(ordered, read_orders(scores, parent.shape, smallest))
-    return parent, ordered
+    return load_parent(source)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -105,15 +100,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
     batches = validation_batches(config, load_tokens(run_dir / "data" / "validation.npy"))
-    parent, ordered = _sorted_parent(run_dir, manifest)
+    parent = _parent(run_dir)
     parent_loss = mean_loss(parent.logits, batches)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
+    smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]
+    scores = run_dir / "importance" / "scores.safetensors"
+    sort_parent(parent, read_orders(scores, parent.shape, smallest_head_dim))
     rows = []
     for budget, member in manifest.budgets.items():
         model = _stock(config, elastic, budget)
         loss = mean_loss(lambda tokens, m=model: m(tokens, use_cache=False).logits, batches)
         untrained = mean_loss(
-            lambda tokens, a=member.architecture: ordered.logits(tokens, a), batches
+            lambda tokens, a=member.architecture: parent.logits(tokens, a), batches
         )
         weights = list(model.parameters())
         rows.append(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic.config import KINDS, ConfigError, ParentShape
+from elastic.config import ConfigError, ParentShape
 from elastic.cut import tensor_shapes
 from elastic.files import write_json
 from elastic.parent.hybrid import HybridParent
@@ -285,7 +285,3 @@ def save_parent(
     dtype = str(tensors[0].read().dtype).removeprefix("torch.")
     config = stock_config(parent.shape, base_config) | {"torch_dtype": dtype}
     write_json(directory / "config.json", config)
-
-
-__all__ = ["KINDS", "Pending", "TensorStore", "load_parent", "locate", "read_config", "read_shape"]
-__all__ += ["save_parent", "stock_config", "write_shards"]
