@@ -1,6 +1,7 @@
 """The hybrid stack: our own forward of Nemotron-H (arXiv 2508.14444), whole, sliced or masked."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,24 @@ from torch.utils.checkpoint import checkpoint
 from elastic.architecture import Architecture, Layer
 from elastic.config import ParentShape
 from elastic.cut import layer_cut, prefix
-from elastic.parent.layers import MLP, Attention, Cuts, Keep, LayerKeep, Linear, RMSNorm, narrow
+from elastic.parent.layers import (
+    MLP,
+    Attention,
+    Cuts,
+    Keep,
+    LayerKeep,
+    Linear,
+    RMSNorm,
+    narrow,
+    reach_within,
+)
 from elastic.parent.ssd import MambaMixer
 
 Member = Architecture | Keep | None
 """How to run the parent: sliced to an Architecture, under keep masks, or None for the whole."""
+
+Borders = Mapping[str, Tensor]
+"""Kind of block -> where documents begin and end, in its own terms; empty is one document."""
 
 _KEEP_ALL = LayerKeep()
 
@@ -35,14 +49,21 @@ class Block(nn.Module):
             self.mixer = Attention(shape)
 
     def forward(
-        self, x: Tensor, layer: Layer | None, cuts: Cuts, hidden: Tensor | None, keep: LayerKeep
+        self,
+        x: Tensor,
+        layer: Layer | None,
+        cuts: Cuts,
+        hidden: Tensor | None,
+        keep: LayerKeep,
+        borders: Tensor | None = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d); `hidden` (b, d) is the mask of the residual stream."""
+        """(b, t, d) -> (b, t, d); `hidden` (b, d) is the mask of the residual stream, `borders`
+        what this kind of mixer wants to know about documents."""
         normed = self.norm(x, cuts.get("norm.weight"), hidden)
         if self.kind == "mlp":
             update = self.mixer(normed, cuts, keep)
         else:
-            update = self.mixer(normed, layer, cuts, keep)
+            update = self.mixer(normed, layer, cuts, keep, borders)
         if hidden is not None:
             update = update * hidden[:, None, :].to(update.dtype)
         if keep.gate is not None:
@@ -79,27 +100,34 @@ class HybridParent(nn.Module):
             self.lm_head.weight = self.backbone.embeddings.weight
         self._cuts: dict[Architecture, list[tuple[Layer, Cuts]]] = {}
 
-    def forward(self, tokens: Tensor, member: Member = None) -> Tensor:
-        """(b, t) int64 -> (b, t, d) hidden states after the final norm; d is the member's width."""
+    def forward(
+        self, tokens: Tensor, member: Member = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """(b, t) int64 -> (b, t, d) hidden states after the final norm; d is the member's width.
+
+        `documents` (b, t) int32 are ids that never fall along a sequence. Nothing crosses from one
+        document to the next: neither state nor convolution nor attention. None is one document.
+        """
+        borders = self._borders(documents)
         if isinstance(member, Architecture):
-            return self._run_sliced(tokens, member)
+            return self._run_sliced(tokens, member, borders)
         hidden = None if member is None else member.hidden
         x = F.embedding(tokens, self.backbone.embeddings.weight)  # (b, t, d)
         if hidden is not None:
             x = x * hidden[:, None, :].to(x.dtype)
         for index, block in enumerate(self.backbone.layers):
             keep = _KEEP_ALL if member is None else member.layers[index]
-            x = self._block(block, x, None, {}, hidden, keep)
+            x = self._block(block, x, None, {}, hidden, keep, borders)
         return self.backbone.norm_f(x, None, hidden)
 
-    def _run_sliced(self, tokens: Tensor, member: Architecture) -> Tensor:
+    def _run_sliced(self, tokens: Tensor, member: Architecture, borders: Borders) -> Tensor:
         """No masked channel is multiplied and no dropped layer runs."""
         layers = self._layers_of(member)
         hidden = (prefix(member.hidden_size, self.shape.hidden_size),)
         x = F.embedding(tokens, narrow(self.backbone.embeddings.weight, (None, *hidden)))
         for layer, cuts in layers:
             block = self.backbone.layers[layer.index]
-            x = self._block(block, x, layer, cuts, None, _KEEP_ALL)
+            x = self._block(block, x, layer, cuts, None, _KEEP_ALL, borders)
         return self.backbone.norm_f(x, hidden)
 
     def _layers_of(self, member: Architecture) -> list[tuple[Layer, Cuts]]:
@@ -119,11 +147,22 @@ class HybridParent(nn.Module):
         cuts: Cuts,
         hidden: Tensor | None,
         keep: LayerKeep,
+        borders: Borders,
     ) -> Tensor:
+        assert isinstance(block, Block)
+        inputs = (x, layer, cuts, hidden, keep, borders.get(block.kind))
         if self.activation_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, layer, cuts, hidden, keep, use_reentrant=False)
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
             return out
-        return block(x, layer, cuts, hidden, keep)
+        return block(*inputs)
+
+    def _borders(self, documents: Tensor | None) -> Borders:
+        """What each kind of block wants to know, made once for all blocks."""
+        if documents is None:
+            return {}
+        if "attention" not in self.shape.kinds:
+            return {"mamba": documents}
+        return {"mamba": documents, "attention": reach_within(documents)}
 
     def head_weight(self, member: Member = None) -> Tensor:
         """LM head of a member: (v, d)."""
@@ -132,9 +171,11 @@ class HybridParent(nn.Module):
         cut = (None, prefix(member.hidden_size, self.shape.hidden_size))
         return narrow(self.lm_head.weight, cut)
 
-    def logits(self, tokens: Tensor, member: Member = None) -> Tensor:
-        """(b, t) int64 -> (b, t, v) float32."""
-        return F.linear(self(tokens, member), self.head_weight(member)).float()
+    def logits(
+        self, tokens: Tensor, member: Member = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """(b, t) int64 -> (b, t, v) float32; arguments as in `forward`."""
+        return F.linear(self(tokens, member, documents), self.head_weight(member)).float()
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "HybridParent":

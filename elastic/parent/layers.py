@@ -8,15 +8,16 @@ same function. Shapes: b batch, t time, d hidden, f MLP width, q query heads, k 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic.architecture import AttentionLayer
 from elastic.config import ParentShape
-from elastic.cut import Cut, Ranges
+from elastic.cut import Cut
 
 Cuts = Mapping[str, Cut]
 
@@ -27,12 +28,14 @@ class LayerKeep:
 
     `gate` (b,) scales what the layer adds to the residual stream. `width` is (b, f) over MLP units,
     (b, h) over Mamba heads or (b, q) over query heads; `channels` is (b, p) over the channels of
-    every Mamba head.
+    every Mamba head. `share` is known where these two are hard, zeros and ones: the kept part of
+    every SSM group, so that kernels need not ask the device for it.
     """
 
     gate: Tensor | None = None
     width: Tensor | None = None
     channels: Tensor | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,64 @@ class Keep:
     layers: tuple[LayerKeep, ...]
 
 
-@lru_cache(maxsize=4096)
-def _index(ranges: Ranges, device: torch.device) -> Tensor:
-    """Indices of some ranges, kept on the device."""
-    return torch.cat([torch.arange(start, stop) for start, stop in ranges]).to(device)
-
-
 def narrow(weight: Tensor, cut: Cut | None) -> Tensor:
-    """The part of a weight that a member keeps: a view where each dimension is one range."""
-    if cut is None:
+    """The part of a weight that a member keeps: a view where each dimension is one range, a copy of
+    that part where it is several.
+
+    The gradient of the whole weight is zero where nothing was used.
+    """
+    if cut is None or all(ranges is None for ranges in cut):
         return weight
-    for dim, ranges in enumerate(cut):
-        if ranges is not None and len(ranges) == 1:
-            weight = weight.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
-    for dim, ranges in enumerate(cut):
-        if ranges is not None and len(ranges) > 1:
-            weight = weight.index_select(dim, _index(ranges, weight.device))
-    return weight
+    part: Tensor = _Narrow.apply(weight, cut)
+    return part
+
+
+class _Narrow(torch.autograd.Function):
+    """All dimensions cut at once: one full-size gradient is filled, however many they are."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, cut: Cut) -> Tensor:
+        ctx.cut, ctx.size = cut, weight.shape
+        part = weight[_bounds(cut)]
+        for dim, ranges in enumerate(cut):
+            if ranges is not None and len(ranges) > 1:
+                first = ranges[0][0]
+                kept = [part.narrow(dim, start - first, stop - start) for start, stop in ranges]
+                part = torch.cat(kept, dim)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        whole = grad.new_zeros(ctx.size)
+        _scatter(whole[_bounds(ctx.cut)], grad, ctx.cut, 0)
+        return whole, None
+
+
+def _bounds(cut: Cut) -> tuple[slice, ...]:
+    """The smallest block that holds everything kept."""
+    return tuple(
+        slice(None) if ranges is None else slice(ranges[0][0], ranges[-1][1]) for ranges in cut
+    )
+
+
+def _scatter(block: Tensor, part: Tensor, cut: Cut, dim: int) -> None:
+    """Put `part` back to where it was cut out of `block`, from dimension `dim` on."""
+    while dim < len(cut) and (cut[dim] is None or len(cut[dim] or ()) == 1):
+        dim += 1
+    if dim == len(cut):
+        block.copy_(part)
+        return
+    ranges = cut[dim]
+    assert ranges is not None
+    offset = 0
+    for start, stop in ranges:
+        _scatter(
+            block.narrow(dim, start - ranges[0][0], stop - start),
+            part.narrow(dim, offset, stop - start),
+            cut,
+            dim + 1,
+        )
+        offset += stop - start
 
 
 class Linear(nn.Linear):
@@ -88,13 +132,59 @@ class RMSNorm(nn.Module):
         The mean of squares runs over the kept width, which is the sum of the mask: exact for a hard
         mask, since the others are zero (arXiv 2511.16664, section 3.2, with the norm corrected).
         """
+        kept = None if keep is None else keep.float().sum(-1)[:, None, None]  # (b, 1, 1)
         weight = narrow(self.weight, cut).float()
-        values = x.float()
-        if keep is None:
-            variance = values.square().mean(-1, keepdim=True)
-        else:
-            variance = values.square().sum(-1, keepdim=True) / keep.sum(-1)[:, None, None]
-        return (weight * (values * torch.rsqrt(variance + self.eps))).to(x.dtype)
+        normed: Tensor = _RMSNorm.apply(x.float(), weight, kept, self.eps)
+        return normed.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(sum(x^2) / kept + eps) * weight with its gradient written out: half the passes over
+    x. kept None is the whole width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor | None, eps: float) -> Tensor:
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = (power / (x.shape[-1] if kept is None else kept)).add_(eps).rsqrt_()  # (b, t, 1)
+        ctx.save_for_backward(x, weight, kept, scale)
+        ctx.eps = eps
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, kept, scale = ctx.saved_tensors
+        normed, x_grad = x * scale, grad * weight
+        along = torch.linalg.vecdot(x_grad, normed).unsqueeze(-1)
+        along /= x.shape[-1] if kept is None else kept
+        x_grad.addcmul_(normed, along, value=-1).mul_(scale)
+        kept_grad = None if kept is None else kept_gradient(along, scale, ctx.eps, kept)
+        return x_grad, normed.mul_(grad).flatten(0, -2).sum(0), kept_grad, None
+
+
+def kept_gradient(along: Tensor, scale: Tensor, eps: float, kept: Tensor) -> Tensor:
+    """Gradient of a norm's kept width, shaped as it.
+
+    scale = (power / kept + eps)^-1/2 rises with it; `along` is the gradient in the direction of the
+    normed values, over kept.
+    """
+    return (0.5 * along * (1 - eps * scale.square())).sum_to_size(kept.shape)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, keeping relu(x) alone for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, positive, value=2)
 
 
 class MLP(nn.Module):
@@ -107,10 +197,22 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, cuts: Cuts, keep: LayerKeep) -> Tensor:
         """(b, t, d) -> (b, t, d)."""
-        units = F.relu(self.up_proj(x, cuts.get("mixer.up_proj.weight"))).square()  # (b, t, f)
+        units: Tensor = _SquaredReLU.apply(
+            self.up_proj(x, cuts.get("mixer.up_proj.weight"))
+        )  # (b, t, f)
         if keep.width is not None:
             units = units * keep.width[:, None, :].to(units.dtype)
         return self.down_proj(units, cuts.get("mixer.down_proj.weight"))
+
+
+def reach_within(documents: Tensor) -> Tensor:
+    """Who reads whom when no step reads across a document's border: (b, t) ids -> (b, 1, t, t).
+
+    True where the column is the row's own step or an earlier one of its document. One byte per
+    pair of steps: 2.4 GB for a sequence of 49,152.
+    """
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
 
 
 class Attention(nn.Module):
@@ -126,9 +228,15 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, shape.hidden_size)
 
     def forward(
-        self, x: Tensor, layer: AttentionLayer | None, cuts: Cuts, keep: LayerKeep
+        self,
+        x: Tensor,
+        layer: AttentionLayer | None,
+        cuts: Cuts,
+        keep: LayerKeep,
+        reach: Tensor | None = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d)."""
+        """(b, t, d) -> (b, t, d); `reach` (b, 1, t, t) says which step reads which, None is all
+        before it and itself."""
         heads = self.heads if layer is None else layer.num_heads
         query, key, value = (
             projection(x, cuts.get(f"mixer.{name}.weight"))
@@ -140,9 +248,13 @@ class Attention(nn.Module):
                 ("v_proj", self.v_proj, self.groups),
             )
         )
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=heads != self.groups
-        )
+        if reach is None:
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=heads != self.groups
+            )
+        else:  # no GPU kernel both takes a mask and groups heads
+            key, value = (z.repeat_interleave(heads // self.groups, dim=1) for z in (key, value))
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=reach)
         if keep.width is not None:
             mixed = mixed * keep.width[:, :, None, None].to(mixed.dtype)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2), cuts.get("mixer.o_proj.weight"))

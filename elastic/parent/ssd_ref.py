@@ -4,21 +4,36 @@ Shapes: b batch, t time, h heads, p head channels, g groups, n state (arXiv 2405
 Heads are stored group by group, so head i reads the B and C of group i // (h // g).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK = 64
-"""Steps handled at once by `ssd_chunked`; any value gives the same result."""
+from elastic.parent.ssd_chunk import scan_chunks, scan_chunks_backward, without_autocast
+
+CHUNK = 32
+"""Steps handled at once by `ssd_chunked`; any value gives the same result. 32 was fastest at short
+lengths and within 4% of the fastest, 64, at 2,048 steps: docs/performance.md."""
 
 
-def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+def ssd_recurrent(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    documents: Tensor | None = None,
+) -> Tensor:
     """State-space scan, one step at a time: slow, and what every other path must equal.
 
         state_t = exp(dt_t a) state_{t-1} + dt_t x_t b_t^T,    y_t = state_t c_t + d x_t
 
     x (b, t, h, p), dt (b, t, h) positive, a (h,) negative, b and c (b, t, g, n), d (h,) -> (b, t,
-    h, p).
+    h, p). The state is zero at the first step of every document; `documents` (b, t) are ids that
+    never fall, None is one document.
     """
     heads = x.shape[2] // b.shape[2]
     dtype, x, dt, a = x.dtype, x.float(), dt.float(), a.float()
@@ -27,6 +42,8 @@ def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
     outputs = []
     for t in range(x.shape[1]):
         decay = torch.exp(dt[:, t] * a)[..., None, None]
+        if documents is not None and t > 0:
+            decay = decay * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
         entering = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None, :]
         state = decay * state + entering
         outputs.append((state * c[:, t, :, None, :]).sum(-1))
@@ -34,52 +51,88 @@ def ssd_recurrent(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Ten
 
 
 def ssd_chunked(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, chunk: int = CHUNK
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    documents: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """The same scan by matrix products inside chunks and a recurrence between them.
 
-    Shapes as in `ssd_recurrent`. Products of B and C are formed once per group, not per head.
+    Arguments and result as in `ssd_recurrent`; computed in float32 whatever the inputs are.
     """
-    batch, time, heads, channels = x.shape
-    groups, states = b.shape[2:]
+    time, dtype = x.shape[1], x.dtype
     chunk = min(chunk, time)
-    chunks = -(-time // chunk)
-    padding = chunks * chunk - time
-    dtype = x.dtype
-    x, dt, b, c = x.float(), dt.float(), b.float(), c.float()
-    skip = d.float()[:, None] * x
-    entering = x * dt[..., None]
-    log_decay = dt * a.float()
+    padding = -time % chunk
+    x, dt, a, b, c, d = (value.float() for value in (x, dt, a, b, c, d))
     if padding:  # a step with dt = 0 neither decays nor enters
-        entering = F.pad(entering, (0, 0, 0, 0, 0, padding))
-        log_decay = F.pad(log_decay, (0, 0, 0, padding))
-        b, c = (F.pad(z, (0, 0, 0, 0, 0, padding)) for z in (b, c))
+        x, b, c = (F.pad(value, (0, 0, 0, 0, 0, padding)) for value in (x, b, c))
+        dt = F.pad(dt, (0, 0, 0, padding))
+        if documents is not None:
+            documents = torch.cat([documents, documents[:, -1:].expand(-1, padding)], dim=1)
+    y: Tensor = _ChunkedScan.apply(x, dt, a, b, c, d, documents, chunk)
+    return y[:, :time].to(dtype)
 
-    per_group = heads // groups
-    blocks = (batch, chunks, chunk, groups)
-    entering = entering.view(*blocks, per_group, channels).permute(0, 1, 3, 4, 2, 5)  # b c g r l p
-    cumulative = log_decay.view(*blocks, per_group).permute(0, 1, 3, 4, 2).cumsum(-1)  # b c g r l
-    b = b.view(*blocks, states).permute(0, 1, 3, 2, 4)  # b c g l n
-    c = c.view(*blocks, states).permute(0, 1, 3, 2, 4)  # b c g l n
 
-    # Inside a chunk: position l reads position s <= l through c_l . b_s and the decay between them.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    between = cumulative[..., :, None] - cumulative[..., None, :]  # b c g r l s
-    decay = between.masked_fill(later, float("-inf")).exp()
-    scores = (c @ b.transpose(-1, -2))[:, :, :, None] * decay  # b c g r l s
-    inside = scores @ entering  # b c g r l p
+class _ChunkedScan(torch.autograd.Function):
+    """`ssd_chunk` in the layout of `ssd_recurrent`, with its gradient."""
 
-    # What each chunk leaves behind, carried from chunk to chunk.
-    to_end = (cumulative[..., -1:] - cumulative).exp()
-    left = (entering * to_end[..., None]).transpose(-1, -2) @ b[:, :, :, None]  # b c g r p n
-    over_chunk = cumulative[..., -1].exp()[..., None, None]  # b c g r 1 1
-    state = torch.zeros_like(left[:, 0])
-    before = []
-    for index in range(chunks):
-        before.append(state)
-        state = over_chunk[:, index] * state + left[:, index]
-    carried = torch.stack(before, dim=1)  # b c g r p n, the state at each chunk's start
-    across = c[:, :, :, None] @ carried.transpose(-1, -2) * cumulative.exp()[..., None]
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, dt, a, b, c, d, documents, chunk = inputs
+        batch, time, heads, channels = x.shape
+        x_blocks = x.view(batch, -1, chunk, heads, channels)
+        dt_last = dt.view(batch, -1, chunk, heads).transpose(2, 3).contiguous()  # b z h l
+        entering = x.new_empty(batch, time // chunk, heads, channels, chunk)  # b z h p l
+        torch.mul(x_blocks.permute(0, 1, 3, 4, 2), dt_last[:, :, :, None], out=entering)
+        b, c = _by_group(b, chunk), _by_group(c, chunk)
+        y, saved = scan_chunks(entering, dt_last * a[:, None], b, c, documents)
+        ctx.save_for_backward(x, dt_last, a, d, y, *saved)
+        out = torch.empty_like(x_blocks)
+        return torch.addcmul(y.permute(0, 1, 4, 2, 3), x_blocks, d[:, None], out=out).view_as(x)
 
-    y = (inside + across).permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * chunk, heads, channels)
-    return (y[:, :time] + skip).to(dtype)
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, a, d, y, *saved = ctx.saved_tensors
+        batch, chunks, heads, channels, chunk = y.shape
+        grad = grad.reshape(batch, chunks, chunk, heads, channels)
+        x_blocks = x.view_as(grad)
+        y_grad = grad.permute(0, 1, 3, 4, 2).contiguous()  # b z h p l
+        entering_grad, decay_grad, b_grad, c_grad = scan_chunks_backward(
+            y_grad, (y_grad * y).sum(3), tuple(saved)
+        )
+        dt_grad = decay_grad * a[:, None]
+        dt_grad += (entering_grad * x_blocks.permute(0, 1, 3, 4, 2)).sum(3)
+        entering_grad *= dt[:, :, :, None]
+        x_grad = torch.empty_like(x_blocks)
+        torch.addcmul(entering_grad.permute(0, 1, 4, 2, 3), grad, d[:, None], out=x_grad)
+        return (
+            x_grad.view_as(x),
+            dt_grad.transpose(2, 3).reshape(x.shape[:3]),
+            (decay_grad * dt).sum((0, 1, 3)),
+            _by_time(b_grad, batch, chunks),
+            _by_time(c_grad, batch, chunks),
+            (grad * x_blocks).sum((0, 1, 2, 4)),
+            None,
+            None,
+        )
+
+
+def _by_group(value: Tensor, chunk: int) -> Tensor:
+    """(b, t, g, n) -> (b z g, l, n)."""
+    batch, time, groups, states = value.shape
+    blocks = value.view(batch, time // chunk, chunk, groups, states)
+    return blocks.transpose(2, 3).reshape(-1, chunk, states)
+
+
+def _by_time(value: Tensor, batch: int, chunks: int) -> Tensor:
+    """(b z g, l, n) -> (b, t, g, n), the inverse of `_by_group`."""
+    chunk, states = value.shape[1:]
+    blocks = value.view(batch, chunks, -1, chunk, states).transpose(2, 3)
+    return blocks.reshape(batch, chunks * chunk, -1, states)

@@ -38,7 +38,6 @@ from elastic.masks import hard_keep
 from elastic.parent import HybridParent, Keep, LayerKeep
 from elastic.parent.hybrid import Block
 from elastic.parent.layers import RMSNorm
-from elastic.parent.ssd import GatedRMSNorm
 
 Drawn = tuple[ParentShape, Architecture]
 
@@ -126,33 +125,32 @@ def _norm_over_the_full_width(forward: Callable[..., Tensor]) -> Callable[..., T
     return lambda self, x, cut=None, keep=None: forward(self, x, cut, None)
 
 
-def _gated_norm_over_the_full_group(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def broken(
-        self: GatedRMSNorm, y: Tensor, gate: Tensor, cuts: object, keep: Tensor | None
-    ) -> Tensor:
-        masked = y if keep is None else y * keep[:, None, :]
-        return forward(self, masked, gate, cuts, None)
-
-    return broken
+def _gated_norm_over_the_full_group(_: Callable[..., object]) -> Callable[..., object]:
+    return lambda units, inner, groups: inner / groups
 
 
 def _gate_left_out(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def broken(
-        self: Block, x: Tensor, layer: object, cuts: object, hidden: Tensor, keep: LayerKeep
+        self: Block,
+        x: Tensor,
+        layer: object,
+        cuts: object,
+        hidden: Tensor,
+        keep: LayerKeep,
+        *rest: object,
     ) -> Tensor:
-        return forward(self, x, layer, cuts, hidden, LayerKeep(None, keep.width, keep.channels))
+        open_gate = LayerKeep(None, keep.width, keep.channels)
+        return forward(self, x, layer, cuts, hidden, open_gate, *rest)
 
     return broken
 
 
 def _update_not_masked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def broken(
-        self: Block, x: Tensor, layer: object, cuts: object, hidden: Tensor, keep: LayerKeep
+        self: Block, x: Tensor, layer: object, cuts: object, hidden: Tensor, *rest: object
     ) -> Tensor:
-        if hidden is None:
-            return forward(self, x, layer, cuts, hidden, keep)
-        masked = forward(self, x, layer, cuts, torch.ones_like(hidden), keep)
-        return masked
+        open_stream = None if hidden is None else torch.ones_like(hidden)
+        return forward(self, x, layer, cuts, open_stream, *rest)
 
     return broken
 
@@ -161,7 +159,7 @@ def _update_not_masked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ("owner", "name", "breakage"),
     [
         (RMSNorm, "forward", _norm_over_the_full_width),
-        (GatedRMSNorm, "forward", _gated_norm_over_the_full_group),
+        (elastic.parent.ssd_fused, "_kept", _gated_norm_over_the_full_group),
         (Block, "forward", _gate_left_out),
         (Block, "forward", _update_not_masked),
         (elastic.masks, "prefix_masks", lambda _: _global_heads),

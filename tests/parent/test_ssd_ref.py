@@ -156,8 +156,12 @@ def test_no_decay_is_a_plain_sum() -> None:
 
 
 def test_scan_takes_the_chunked_path_on_a_cpu() -> None:
-    inputs, kernels = random_inputs(5), resolve_kernels("auto", torch.device("cpu"))
-    assert torch.equal(scan(*inputs, kernels), ssd_chunked(*inputs))
+    """And takes raw step sizes, which it makes positive and no smaller than the least."""
+    x, raw, a, b, c, d = random_inputs(5)
+    kernels, bias = resolve_kernels("auto", torch.device("cpu")), torch.linspace(-4, 1, 4)
+    dt = torch.log1p(torch.exp(raw + bias)).clamp(min=0.5)
+    assert (dt == 0.5).any() and (dt > 0.5).any()
+    assert_near(scan(x, raw, bias, 0.5, a, b, c, d, kernels), ssd_chunked(x, dt, a, b, c, d))
 
 
 def test_missing_kernels_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +169,22 @@ def test_missing_kernels_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"^parent\.kernels=mamba_ssm: .* not installed.*torch$"):
         resolve_kernels("mamba_ssm", torch.device("cpu"))
     assert resolve_kernels("auto", torch.device("cuda")) == "torch"
+
+
+def test_kernels_without_a_gpu_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"^parent\.kernels=mamba_ssm: its kernels need a GPU.*$"):
+        resolve_kernels("mamba_ssm", torch.device("cpu"))
+    assert resolve_kernels("auto", torch.device("cpu")) == "torch"
+    assert resolve_kernels("auto", torch.device("cuda")) == "mamba_ssm"
+
+
+def test_slower_kernels_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "mamba_ssm" or None)
+    assert resolve_kernels("auto", torch.device("cuda")) == "mamba_ssm"
+    assert "causal_conv1d is not installed" in caplog.text
 
 
 @pytest.mark.parametrize("mistake", ["group order", "lost carry"])
