@@ -1,0 +1,28 @@
+"""Losses, pure: distillation and cross-entropy through the LM heads in chunks, budget, identity.
+
+Token losses are means over the counted tokens, in nats. A [tokens, vocabulary] tensor never exists
+whole.
+"""
+
+from elastic.losses.chunked import Head, top_k_of
+from elastic.losses.divergences import TopK, distillation_dense, ghost_dense
+from elastic.losses.terms import (
+    budget_distance,
+    check_objective,
+    identity_distance,
+    router_terms,
+    token_terms,
+)
+
+__all__ = [
+    "Head",
+    "TopK",
+    "budget_distance",
+    "check_objective",
+    "distillation_dense",
+    "ghost_dense",
+    "identity_distance",
+    "router_terms",
+    "token_terms",
+    "top_k_of",
+]

@@ -1,0 +1,81 @@
+"""Named terms of the objective: what the tokens say, and what the router's sizes cost."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from elastic.config import ObjectiveConfig
+from elastic.losses.chunked import Head, head_loss, require_top_k
+from elastic.losses.divergences import TopK
+
+
+def check_objective(config: ObjectiveConfig, vocab_size: int) -> None:
+    """Raise ConfigError when the objective does not fit a parent's vocabulary."""
+    if config.top_k is not None:
+        require_top_k(config.top_k, vocab_size)
+
+
+def token_terms(
+    student: Head,
+    teacher: Head | TopK | None,
+    targets: Tensor,
+    config: ObjectiveConfig,
+    counted: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Token losses that have a weight, and `total`, their weighted sum.
+
+    Only `total` is differentiable, once, in the student's hidden states and head; the named terms
+    are for the log. Terms are means over the counted tokens, in nats.
+
+    Args:
+        teacher: hidden states and head, or its stored top-k; no gradient reaches it. None trains on
+            the text alone (pretraining), whatever the weights.
+        targets: (tokens,) int64, the next token of each.
+        counted: (n,) int64, the tokens that count. No logit of any other is formed, and their
+            gradient is exactly zero. None counts all.
+    """
+    if teacher is None:
+        config = dataclasses.replace(config, distillation_weight=0.0, cross_entropy_weight=1.0)
+    if counted is not None:
+        student = student[0].index_select(0, counted), student[1]
+        targets = targets.index_select(0, counted)
+        if isinstance(teacher, TopK):
+            teacher = teacher.take(counted)
+        elif teacher is not None:
+            teacher = teacher[0].index_select(0, counted), teacher[1]
+    total, terms = head_loss(student, teacher, targets, config)
+    return terms | {"total": total}
+
+
+def budget_distance(expected: Tensor, target: float) -> Tensor:
+    """|expected size / target - 1|, mean over the batch (arXiv 2511.16664, section 3.3)."""
+    return (expected / target - 1).abs().mean()
+
+
+def identity_distance(distributions: Mapping[str, Tensor]) -> Tensor:
+    """Squared distance of every axis from the full-size choice, index 0; for the full budget."""
+    total = torch.zeros(())
+    for values in distributions.values():
+        one_hot = torch.zeros_like(values)
+        one_hot[..., 0] = 1.0
+        total = total + (values - one_hot).square().mean()
+    return total
+
+
+def router_terms(
+    expected: Tensor,
+    target: float,
+    is_full: bool,
+    distributions: Mapping[str, Tensor],
+    config: ObjectiveConfig,
+) -> dict[str, Tensor]:
+    """Named router losses; `total` is their weighted sum. Only the full budget has an identity
+    loss."""
+    terms = {"budget": budget_distance(expected, target)}
+    total = config.budget_weight * terms["budget"]
+    if is_full:
+        terms["identity"] = identity_distance(distributions)
+        total = total + config.identity_weight * terms["identity"]
+    return terms | {"total": total}
