@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from elastic.config import ObjectiveConfig
 from elastic.family import sizes
 from elastic.files import atomic_file
-from elastic.losses import cross_entropy, distillation
+from elastic.losses import token_terms
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import Member
 
@@ -40,12 +41,14 @@ class Metrics(Callback):
     """Named loss terms, router figures, rates and tokens/s, as means over the steps since last
     time.
 
-    Values stay on the device until a row is written, so that no step waits for one.
+    Passes count by the weight of their loss, so that a mean over budgets is what the step descends.
+    A token counts once, however many budgets passed over it. Values stay on the device until a row
+    is written, so that no step waits for one.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.values: dict[str, list[Tensor | float]] = defaultdict(list)
+        self.values: dict[str, list[tuple[Tensor | float, float]]] = defaultdict(list)
         self.tokens, self.since = 0, time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -61,20 +64,19 @@ class Metrics(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
-        budget = outputs["budget"]
-        self.tokens += batch[:, 1:].numel() * trainer.world_size
-        self.values["train/loss"].append(outputs["loss"].detach() * module.stage.accumulation)
+        budget, weight = outputs["budget"], outputs["weight"]
+        self.tokens += _new_tokens(trainer, module, batch)
+        self.values["train/loss"].append((_loss(module, outputs), weight))
         for name, value in outputs["terms"].items():
-            self.values[f"train/{name}"].append(value)
+            self.values[f"train/{name}"].append((value, weight))
             if budget != PARENT:
-                self.values[f"train/{budget}/{name}"].append(value)
+                self.values[f"train/{budget}/{name}"].append((value, weight))
         for name, value in outputs["figures"].items():
             key = (
                 f"router/{name}" if name in ("temperature", "scale") else f"router/{budget}/{name}"
             )
-            self.values[key].append(value)
-        stepped = module.micro_step % module.stage.accumulation == 0
-        if stepped and trainer.global_step % self.every == 0 and self.tokens:
+            self.values[key].append((value, weight))
+        if module.between_steps and trainer.global_step % self.every == 0 and self.tokens:
             self._write(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -83,10 +85,7 @@ class Metrics(Callback):
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ElasticModule)
-        row = {
-            name: float(torch.stack([torch.as_tensor(v).float().cpu() for v in values]).mean())
-            for name, values in self.values.items()
-        }
+        row = {name: _mean(values) for name, values in self.values.items()}
         seconds = time.monotonic() - self.since
         row["train/tokens_per_second"] = self.tokens / max(seconds, 1e-9)
         row["train/stage"] = module.stage.index
@@ -97,6 +96,24 @@ class Metrics(Callback):
             row["train/router_lr"] = rates[-1]
         _log(trainer, module, row)
         self.on_train_start(trainer, module)
+
+
+def _new_tokens(trainer: L.Trainer, module: ElasticModule, batch: Tensor) -> int:
+    """Tokens of text, over all processes, that the last pass has finished with."""
+    finished = module.micro_step % module.stage.passes == 0
+    return batch[:, 1:].numel() * trainer.world_size if finished else 0
+
+
+def _loss(module: ElasticModule, outputs: Outputs) -> Tensor:
+    """A pass' own loss: before its weight, and before Lightning divided it."""
+    loss: Tensor = outputs["loss"].detach() * (module.stage.accumulation / outputs["weight"])
+    return loss
+
+
+def _mean(values: list[tuple[Tensor | float, float]]) -> float:
+    """Weighted mean; this waits for the device."""
+    total = sum(weight for _, weight in values)
+    return sum(float(value) * weight for value, weight in values) / total
 
 
 class Progress(Callback):
@@ -132,15 +149,15 @@ class Progress(Callback):
     ) -> None:
         if self.bar is None:
             return
+        assert isinstance(module, ElasticModule)
         due = time.time() - self.bar.last_print_t >= self.bar.mininterval
         if due:  # only then is the loss fetched from the device
-            assert isinstance(module, ElasticModule)
-            self.loss = float(outputs["loss"]) * module.stage.accumulation
+            self.loss = float(_loss(module, outputs))
             phase = (
                 "" if module.family is None else "soft " if not module.family.frozen else "sliced "
             )
             self.bar.set_postfix_str(f"{phase}{outputs['budget']} loss {self.loss:.3f}", False)
-        self.bar.update(batch[:, 1:].numel() * trainer.world_size)
+        self.bar.update(_new_tokens(trainer, module, batch))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.bar is not None:
@@ -148,8 +165,11 @@ class Progress(Callback):
 
 
 class BudgetValidation(Callback):
-    """Every budget on fixed text: loss, KL to the teacher, gap to the parent; and the sizes
-    chosen."""
+    """Every budget on fixed text: loss, KL to the teacher, gap to the teacher; and the sizes
+    chosen.
+
+    The teacher is the frozen parent or, where there is none, the full member.
+    """
 
     def __init__(self, data: DataLoader[Tensor], every: int) -> None:
         self.data, self.every = data, every
@@ -163,7 +183,8 @@ class BudgetValidation(Callback):
         batch: Tensor,
         batch_idx: int,
     ) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step > 0:
+        assert isinstance(module, ElasticModule)
+        if module.between_steps and trainer.global_step % self.every == 0:
             self.validate(trainer, module)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -187,9 +208,11 @@ class BudgetValidation(Callback):
             choices = module.family.choices(module.progress)
             members = {name: module.family.member(choice) for name, choice in choices.items()}
             losses, divergences = self._measure(module, members)
+            teacher = next(iter(members)) if module.teacher is None else PARENT
             for name, choice in choices.items():
-                row[f"val/{name}/kl"] = divergences[name]
-                row[f"val/{name}/gap"] = losses[name] / losses[PARENT] - 1
+                if name in divergences:
+                    row[f"val/{name}/kl"] = divergences[name]
+                    row[f"val/{name}/gap"] = losses[name] / losses[teacher] - 1
                 for axis, size in sizes(choice).items():
                     row[f"router/{name}/{axis}"] = size
         row |= {f"val/{name}/loss": loss for name, loss in losses.items()}
@@ -200,22 +223,32 @@ class BudgetValidation(Callback):
     def _measure(
         self, module: ElasticModule, members: dict[str, Member]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Mean loss of every member and of the teacher, and mean KL to it, in nats per token."""
+        """Mean loss of every member and of the teacher, and mean KL to it, in nats per token.
+
+        Without a frozen teacher the first member, the full one, teaches the others.
+        """
         losses: dict[str, float] = defaultdict(float)
         divergences: dict[str, float] = defaultdict(float)
-        chunk, count = module.objective.chunk_tokens, 0
+        # Forward KL and cross-entropy in one go, the same for all runs whatever they optimise.
+        config = ObjectiveConfig(
+            cross_entropy_weight=1.0, chunk_tokens=module.objective.chunk_tokens
+        )
+        count = 0
         for batch in self.data:
             batch = batch.to(module.device)
             targets = batch[:, 1:].flatten()
             teacher = module.teach(batch)  # once for all members
             if teacher is not None:
-                losses[PARENT] += float(cross_entropy(teacher, targets, chunk)) * len(targets)
+                terms = token_terms(teacher, None, targets, config)
+                losses[PARENT] += float(terms["cross_entropy"]) * len(targets)
             for name, member in members.items():
                 student = module.head(module.parent, batch, member)
-                losses[name] += float(cross_entropy(student, targets, chunk)) * len(targets)
+                terms = token_terms(student, teacher, targets, config)
+                losses[name] += float(terms["cross_entropy"]) * len(targets)
                 if teacher is not None:
-                    divergence = float(distillation(student, teacher, 1.0, chunk))
-                    divergences[name] += divergence * len(targets)
+                    divergences[name] += float(terms["distillation"]) * len(targets)
+                elif module.family is not None:
+                    teacher = student
             count += len(targets)
         return (
             {name: total / count for name, total in losses.items()},
@@ -239,8 +272,7 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
-        stepped = module.micro_step % module.stage.accumulation == 0
-        if stepped and trainer.global_step % self.every == 0:
+        if module.between_steps and trainer.global_step % self.every == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from elastic.config import StageConfig, TrainerConfig
+from elastic.config.checks import require
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class Stage:
     steps: int
     """Optimizer steps: the tokens, rounded up to whole steps."""
     accumulation: int
-    """Forward passes per process and optimizer step."""
+    """Forward passes per process and optimizer step: micro-batches times `passes`."""
+    passes: int
+    """Forward passes over each micro-batch, one for each budget that it trains."""
     batch_sequences: int
     """Sequences per forward pass and process."""
     tokens_before: int
@@ -39,7 +42,18 @@ class Stage:
         return (self.tokens_before + step * self.config.batch_tokens) / self.tokens_of_mode
 
 
-def plan(stages: Mapping[str, StageConfig], trainer: TrainerConfig) -> list[Stage]:
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over a micro-batch."""
+
+    budget: str
+    weight: float
+    """Of its loss, in the mean over all passes of an optimizer step; they sum to their number."""
+
+
+def plan(
+    stages: Mapping[str, StageConfig], trainer: TrainerConfig, budgets: Sequence[str]
+) -> list[Stage]:
     """Work the configured stages out, in order."""
     steps = {n: math.ceil(stage.tokens / stage.batch_tokens) for n, stage in stages.items()}
     seen = {"pretrain": 0, "elastic": 0}
@@ -49,13 +63,15 @@ def plan(stages: Mapping[str, StageConfig], trainer: TrainerConfig) -> list[Stag
     planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
         micro = trainer.micro_batch_tokens or stage.batch_tokens // trainer.world_size
+        passes = _pass_count(stage, budgets)
         planned.append(
             Stage(
                 name=name,
                 index=index,
                 config=stage,
                 steps=steps[name],
-                accumulation=stage.batch_tokens // (micro * trainer.world_size),
+                accumulation=passes * (stage.batch_tokens // (micro * trainer.world_size)),
+                passes=passes,
                 batch_sequences=micro // stage.sequence_length,
                 tokens_before=seen[stage.mode],
                 tokens_of_mode=totals[stage.mode],
@@ -73,6 +89,46 @@ def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str
     return {name: stage.budget_probabilities.get(name, 0.0) for name in budgets}
 
 
+def _pass_count(stage: StageConfig, budgets: Sequence[str]) -> int:
+    if stage.budgets_per_batch == "all":
+        return sum(share > 0 for share in budget_probabilities(stage, budgets).values())
+    return {"one": 1, "sandwich": 3}[stage.budgets_per_batch]
+
+
+def check_budgets(
+    stages: Mapping[str, StageConfig], targets: Mapping[str, int], full: int, in_place: bool
+) -> None:
+    """Stop what only sizes can show; `targets` largest first, `full` is the parent's own size.
+
+    Raises:
+        ConfigError: a sandwich with nothing to draw for its middle; an in-place teacher that is not
+            in every batch.
+    """
+    largest, *between = list(targets)[:-1] or list(targets)
+    require(
+        not in_place or targets[largest] == full,
+        "objective.teacher",
+        "in_place",
+        f"replicated unless one budget is the whole parent, {full:,} parameters; "
+        f"budgets.{largest} has {targets[largest]:,}",
+    )
+    for name, stage in stages.items():
+        if stage.budget_probabilities is None:
+            continue
+        where = f"curriculum.stages.{name}.budget_probabilities", dict(stage.budget_probabilities)
+        probabilities = budget_probabilities(stage, list(targets))
+        require(
+            stage.budgets_per_batch != "sandwich" or any(probabilities[n] > 0 for n in between),
+            *where,
+            f"positive for one of {', '.join(between)}: a sandwich draws between the ends",
+        )
+        require(
+            not in_place or stage.budgets_per_batch != "all" or probabilities[largest] > 0,
+            *where,
+            f"positive for {largest}, the teacher of the others (objective.teacher=in_place)",
+        )
+
+
 def draw_seed(seed: int, purpose: str, stage: int, step: int, micro_step: int) -> int:
     """Seed of one draw: the same on every rank, and after a resume."""
     text = f"{seed}/{purpose}/{stage}/{step}/{micro_step}"
@@ -83,6 +139,24 @@ def draw_budget(probabilities: Mapping[str, float], seed: int) -> str:
     """One budget, a function of the seed alone."""
     names = list(probabilities)
     return random.Random(seed).choices(names, [probabilities[name] for name in names])[0]
+
+
+def draw_passes(
+    budgets_per_batch: str, probabilities: Mapping[str, float], seed: int
+) -> list[Pass]:
+    """The passes over one micro-batch, largest budget first; a function of its arguments.
+
+    `probabilities` are those of every budget, largest first. `all` has the gradient that `one` has
+    on average. `sandwich` (arXiv 1903.05134) always takes both ends.
+    """
+    if budgets_per_batch == "one":
+        return [Pass(draw_budget(probabilities, seed), 1.0)]
+    if budgets_per_batch == "all":
+        taken = {name: share for name, share in probabilities.items() if share > 0}
+        return [Pass(name, share * len(taken)) for name, share in taken.items()]
+    largest, *between, smallest = probabilities
+    middle = draw_budget({name: probabilities[name] for name in between}, seed)
+    return [Pass(name, 1.0) for name in (largest, middle, smallest)]
 
 
 def learning_rate_factor(stage: StageConfig, steps: int, step: int) -> float:

@@ -4,7 +4,8 @@ With prefix masks the expectation over choices is a staircase: unit i stays with
 that the kept prefix is longer than i (arXiv 2511.16664, section 3.2, soft masks).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ from elastic.parent import Keep, LayerKeep
 
 Distributions = Mapping[str, Tensor]
 """axis -> probabilities (b, decisions, choices); axes that are left alone are absent."""
+
+
+def constant(build: Callable[..., Tensor], arguments: tuple, like: Tensor) -> Tensor:
+    """build(*arguments) with the type and device of `like`, made once.
+
+    A table that is made anew in every step is copied to the device in every step, and such a copy
+    waits until the device has done all its work.
+    """
+    return _constant(build, arguments, like.dtype, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _constant(
+    build: Callable[..., Tensor], arguments: tuple, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return build(*arguments).to(device, dtype)
 
 
 def prefix_masks(kept: Sequence[int], size: int, groups: int = 1) -> Tensor:
@@ -33,13 +50,19 @@ def layer_gates(probabilities: Tensor, space: Space, drop_order: Sequence[int]) 
 
     The layer at position i of the drop order survives when at most i layers are dropped.
     """
-    total = len(space.shape.pattern)
+    arguments = tuple(space.choices["depth"]), len(space.shape.pattern), tuple(drop_order)
+    return probabilities[:, 0] @ constant(_kept_layers, arguments, probabilities)
+
+
+def _kept_layers(depths: Sequence[int], total: int, drop_order: Sequence[int]) -> Tensor:
+    """(c, l): 1.0 where a layer is kept at a depth."""
     rank = {layer: position for position, layer in enumerate(drop_order)}
-    table = [
-        [float(total - kept <= rank.get(layer, total)) for layer in range(total)]
-        for kept in space.choices["depth"]
-    ]
-    return probabilities[:, 0] @ probabilities.new_tensor(table)
+    return torch.tensor(
+        [
+            [float(total - kept <= rank.get(layer, total)) for layer in range(total)]
+            for kept in depths
+        ]
+    )
 
 
 def soft_keep(space: Space, drop_order: Sequence[int], distributions: Distributions) -> Keep:
@@ -59,8 +82,8 @@ def soft_keep(space: Space, drop_order: Sequence[int], distributions: Distributi
     for axis, (size, groups) in geometry.items():
         if axis in distributions:
             probabilities = distributions[axis]
-            rows = prefix_masks(space.choices[axis], size, groups).to(probabilities)
-            masks[axis] = probabilities @ rows
+            arguments = tuple(space.choices[axis]), size, groups
+            masks[axis] = probabilities @ constant(prefix_masks, arguments, probabilities)
     gates = None
     if "depth" in distributions:
         gates = layer_gates(distributions["depth"], space, drop_order)
@@ -94,16 +117,19 @@ def hard_keep(
         if layer is None:
             layers.append(LayerKeep(gate=torch.zeros(1, device=device)))
             continue
-        channels = None
+        channels = share = None
         if isinstance(layer, MLPLayer):
             width = prefix_masks([layer.intermediate_size], shape.intermediate_size)
         elif isinstance(layer, MambaLayer):
             width = prefix_masks([layer.num_heads], shape.mamba_num_heads, shape.n_groups)
             channels = prefix_masks([layer.head_dim], shape.mamba_head_dim).to(device)
+            share = (
+                layer.num_heads * layer.head_dim / (shape.mamba_num_heads * shape.mamba_head_dim)
+            )
         else:
             groups = shape.num_key_value_heads
             width = prefix_masks([layer.num_heads], shape.num_attention_heads, groups)
         gate = torch.ones(1, device=device)
-        layers.append(LayerKeep(gate, width.to(device), channels))
+        layers.append(LayerKeep(gate, width.to(device), channels, share))
     hidden = prefix_masks([architecture.hidden_size], shape.hidden_size)
     return Keep(hidden.to(device), tuple(layers))

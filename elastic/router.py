@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic.architecture import Space
 from elastic.config import RouterConfig
 from elastic.cost import LayerSize, total_parameters
-from elastic.masks import Distributions, layer_gates
+from elastic.masks import Distributions, constant, layer_gates
 
 LEAK = 0.1
 """Slope of the leaky ReLU."""
@@ -71,8 +70,9 @@ class Router(nn.Module):
 
     def one_hot(self, budget: int) -> Tensor:
         """(1, budgets)."""
-        weight = next(self.parameters(), torch.zeros(()))
-        return F.one_hot(torch.tensor([budget], device=weight.device), self.budgets).to(weight)
+        row = next(self.parameters(), torch.zeros(())).new_zeros(1, self.budgets)
+        row[:, budget] = 1.0  # a fill, where a tensor of the index would wait for the device
+        return row
 
     @torch.no_grad()
     def log_probabilities(self, budget: int, scale: float) -> dict[str, np.ndarray]:
@@ -97,15 +97,32 @@ def sample(
     """
     hard = bool(torch.rand((), generator=generator) < hard_probability)
     drawn = {}
-    for axis, values in logits.items():
-        uniform = torch.rand(values.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
-        gumbel = -torch.log(-torch.log(uniform)).to(values)
+    for axis, gumbel in _gumbel(logits, generator).items():
+        values = logits[axis]
         soft = torch.softmax((now.scale * values + gumbel) / now.temperature, dim=-1)
         if hard:
-            one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+            one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
             soft = one_hot + soft - soft.detach()
         drawn[axis] = soft
     return drawn
+
+
+def _gumbel(logits: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Gumbel noise for every axis, in one copy to the device that waits for nothing."""
+    if not logits:
+        return {}
+    noise = []
+    for values in logits.values():
+        uniform = torch.rand(values.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+        noise.append(-torch.log(-torch.log(uniform)).flatten())
+    flat, like = torch.cat(noise), next(iter(logits.values()))
+    if like.is_cuda:
+        flat = flat.pin_memory()
+    parts = flat.to(like.device, non_blocking=True).to(like.dtype).split([n.numel() for n in noise])
+    return {
+        axis: part.view_as(values)
+        for (axis, values), part in zip(logits.items(), parts, strict=True)
+    }
 
 
 def expected_parameters(
@@ -119,8 +136,8 @@ def expected_parameters(
     def expected(axis: str) -> Tensor | list[list[float]]:
         if axis not in distributions:
             return [[float(space.choices[axis][0])]]
-        choices = distributions[axis].new_tensor(space.choices[axis])
-        return distributions[axis] @ choices  # (b, decisions)
+        choices = tuple(space.choices[axis])
+        return distributions[axis] @ constant(torch.tensor, (choices,), distributions[axis])
 
     sizes = {axis: expected(axis) for axis in space.choices if axis != "depth"}
 

@@ -15,15 +15,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from elastic import checkpoint as elastic_checkpoint
-from elastic.architecture import Space
+from elastic.architecture import Architecture, Space
 from elastic.callbacks import BudgetValidation, Checkpoints, Metrics, Progress
 from elastic.config import ConfigError, ParentShape, RunConfig
-from elastic.curriculum import Stage, budget_probabilities, plan
+from elastic.cost import parameters
+from elastic.curriculum import Stage, budget_probabilities, check_budgets, plan
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
 from elastic.family import Family, describe
 from elastic.files import atomic_file
 from elastic.importance import Ranking, rank, sort_parent
 from elastic.loggers import MetricsFile, build_loggers
+from elastic.losses import check_objective
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent
 from elastic.parent.ssd import resolve_kernels
@@ -55,12 +57,17 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.last = self.run_dir / "checkpoints" / "last.ckpt"
         self._check_run_dir()
-        self.stages = plan(config.curriculum.stages, config.trainer)
+        stages = config.curriculum.stages
+        self.stages = plan(stages, config.trainer, list(config.budgets))
         self.source, self.parent_config, self.shape = self._find_parent()
         self.space = Space.build(config.space, self.shape)
         self.targets = targets_of(config.budgets, self.shape)
+        self.in_place = config.objective.teacher == "in_place"
+        full = parameters(self.shape, Architecture.full(self.shape))
+        check_budgets(stages, self.targets, full, self.in_place)
         nested, tolerance = config.space.nested, config.space.tolerance
         check_reachable(self.space, self.targets, config.importance, tolerance, nested)
+        check_objective(config.objective, self.shape.vocab_size)
         self.kernels = resolve_kernels(config.parent.kernels, self._device())
         source = None if self.source is None else str(self.source)
         self.data = prepare_data(config.data, self.run_dir / "data", source)
@@ -157,6 +164,7 @@ class Run:
             validation_batch=stage.batch_sequences,
             seed=self.config.seed,
             stage_name=stage.name,
+            repeats=stage.passes,
             start_micro_step=start_micro_step,
             rank=global_rank(),
             world_size=self.config.trainer.world_size,
@@ -212,8 +220,10 @@ class Run:
     ) -> Path:
         """Rank, sort, and train all budgets together."""
         config = self.config
-        teacher = copy.deepcopy(parent)  # the original: never sorted, never trained
-        teacher.activation_checkpointing = False
+        teacher = None
+        if not self.in_place:
+            teacher = copy.deepcopy(parent)  # the original: never sorted, never trained
+            teacher.activation_checkpointing = False
         device = self._device()
         ranking = rank(
             parent.to(device).eval(),
@@ -246,7 +256,7 @@ class Run:
         stages: list[Stage],
         parent: HybridParent,
         family: Family | None,
-        elastic: tuple[HybridParent, Ranking] | None,
+        elastic: tuple[HybridParent | None, Ranking] | None,
         loggers: list,
         resumed: dict[str, Any] | None,
     ) -> None:
@@ -269,6 +279,7 @@ class Run:
                 self.config.optim,
                 self.config.seed,
                 carried,
+                self.data.tokenizer.eos_token_id if self.config.data.separate_documents else None,
             )
             self._fit(module, loggers, mine)
             resumed = None

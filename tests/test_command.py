@@ -1,5 +1,6 @@
 """The command line as a user meets it: one line, exit code 2, nothing written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,9 +82,19 @@ def test_multirun_gives_every_job_its_own_directory(tmp_path: Path) -> None:
     assert seeds == [1, 2]
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+SHARED = [
+    "curriculum.stages.short.budgets_per_batch=all",
+    "curriculum.stages.long.budgets_per_batch=sandwich",
+    "objective.teacher=in_place",
+    "objective.cross_entropy_weight=0.5",
+]
+
+
+@pytest.mark.parametrize("several", [[], SHARED], ids=["one_budget", "several_budgets"])
+def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -> None:
     """Same batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
-    common = ["debug=one_step", "data.source=files", f"data.path='{ROOT}/elastic/*/*.py'"]
+    text = ["data.source=files", f"data.path='{Path(json.__file__).parent}/*.py'"]
+    common = ["debug=one_step", *text, "data.validation_every=3", *several]
     for name, extra in {
         "one": [],
         "two": ["trainer.strategy=ddp", "trainer.devices=2"],

@@ -75,6 +75,9 @@ RULES: list[tuple[str, Any, str]] = [
         for name in "distillation cross_entropy budget identity".split()
     ),
     ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
+    ("objective.teacher", "parent", "one of replicated, in_place"),
+    ("objective.divergence", "kl", "one of forward_kl, reverse_kl, jsd"),
+    ("objective.top_k", 0, "positive, or null"),
     ("objective.temperature", 0.0, POSITIVE),
     ("objective.chunk_tokens", 0, POSITIVE),
     # curriculum
@@ -90,6 +93,9 @@ RULES: list[tuple[str, Any, str]] = [
     (f"{ALL}.budget_probabilities", {"full": 0.5}, "sum to 1 (the sum is 0.5)"),
     (f"{ALL}.budget_probabilities", {"full": 1.5, "small": -0.5}, "non-negative"),
     (f"{WARM}.budget_probabilities", {"full": 1.0}, "null: a pretrain stage has no budgets"),
+    (f"{ALL}.budgets_per_batch", "two", "one of one, all, sandwich"),
+    (f"{ALL}.budgets_per_batch", "sandwich", "one or all unless there are three budgets"),
+    (f"{WARM}.budgets_per_batch", "all", "one: a pretrain stage has no budgets"),
     # data
     ("data.source", "web", "one of stdlib, files, hub"),
     ("data.path", "texts", "null for stdlib"),
@@ -152,6 +158,25 @@ def test_a_parent_is_read_or_built_but_not_both() -> None:
 def test_probabilities_are_of_budgets_that_exist() -> None:
     line = refusal(changed(f"{ALL}.budget_probabilities", {"full": 0.5, "tiny": 0.5}))
     assert line == f"{ALL}.budget_probabilities=tiny: must be one of full, small"
+
+
+def in_place(**stage: Any) -> dict[str, Any]:
+    """A run whose full budget teaches, but for what the stage says."""
+    settings = changed("objective", {"teacher": "in_place", "cross_entropy_weight": 0.5})
+    settings["curriculum"]["stages"]["all"].update({"budgets_per_batch": "all"} | stage)
+    return settings
+
+
+def test_a_teacher_in_place_learns_from_the_text() -> None:
+    parse(in_place(), RunConfig)
+    settings = in_place() | {"objective": {"teacher": "in_place"}}
+    line = refusal(settings)
+    assert line.startswith("objective.cross_entropy_weight=0.0: must be positive with ")
+
+
+def test_a_teacher_in_place_shares_its_batches() -> None:
+    line = refusal(in_place(budgets_per_batch="one"))
+    assert line.startswith(f"{ALL}.budgets_per_batch=one: must be all or sandwich with ")
 
 
 def test_there_is_a_budget() -> None:

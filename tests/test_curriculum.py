@@ -10,11 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import StageConfig, TrainerConfig
+from elastic.config import ConfigError, StageConfig, TrainerConfig
 from elastic.curriculum import (
+    Pass,
     Stage,
     budget_probabilities,
+    check_budgets,
     draw_budget,
+    draw_passes,
     draw_seed,
     learning_rate_factor,
     plan,
@@ -32,9 +35,12 @@ def stage(**fields: object) -> StageConfig:
     return StageConfig(**(defaults | fields))  # type: ignore[arg-type]
 
 
+BUDGETS = ["full", "medium", "small"]
+
+
 def only(config: StageConfig, **trainer: object) -> Stage:
     """Plan of a single stage."""
-    (planned,) = plan({"one": config}, TrainerConfig(**trainer))  # type: ignore[arg-type]
+    (planned,) = plan({"one": config}, TrainerConfig(**trainer), BUDGETS)  # type: ignore[arg-type]
     return planned
 
 
@@ -77,13 +83,31 @@ def test_a_step_is_split_over_processes_and_forward_passes(
     assert planned.accumulation * planned.batch_sequences * devices * nodes == 48
 
 
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({"budgets_per_batch": "one"}, 1),
+        ({"budgets_per_batch": "all"}, 3),
+        ({"budgets_per_batch": "all", "budget_probabilities": {"full": 0.5, "small": 0.5}}, 2),
+        ({"budgets_per_batch": "sandwich"}, 3),
+    ],
+)
+def test_a_step_passes_over_every_micro_batch_once_per_budget(
+    fields: dict[str, object], passes: int
+) -> None:
+    """More passes of the same size, and no fewer tokens of text."""
+    planned = only(stage(batch_tokens=480, **fields), micro_batch_tokens=80)
+    assert (planned.passes, planned.accumulation) == (passes, 6 * passes)
+    assert planned.batch_sequences == 8 and planned.steps == only(stage(batch_tokens=480)).steps
+
+
 def three_stages() -> list[Stage]:
     stages = {
         "learn": stage(mode="pretrain", tokens=250),
         "short": stage(tokens=601),
         "long": stage(tokens=300, batch_tokens=150),
     }
-    return plan(stages, TrainerConfig())
+    return plan(stages, TrainerConfig(), BUDGETS)
 
 
 def test_stages_keep_their_order_and_count_all_steps_before_them() -> None:
@@ -114,7 +138,7 @@ def test_progress_only_ever_grows(sizes: list[tuple[int, int]], pretrain: int) -
         )
         for i, (tokens, batch) in enumerate(sizes)
     }
-    planned = plan(stages, TrainerConfig())
+    planned = plan(stages, TrainerConfig(), BUDGETS)
     for mode in ("pretrain", "elastic"):
         of_mode = [s for s in planned if s.config.mode == mode]
         moments = [s.progress(step) for s in of_mode for step in range(s.steps)]
@@ -161,6 +185,87 @@ def test_successive_budgets_are_independent() -> None:
     sequence = [draw_budget(even, draw_seed(0, "budget", 0, step, 0)) for step in range(draws)]
     same = sum(one == two for one, two in itertools.pairwise(sequence))
     assert abs(same - draws / 2) <= 4 * math.sqrt(draws) / 2
+
+
+# Several budgets per batch
+
+
+def test_one_budget_is_the_one_that_is_drawn() -> None:
+    for seed in range(50):
+        assert draw_passes("one", SHARES, seed) == [Pass(draw_budget(SHARES, seed), 1.0)]
+
+
+SHARES = {"a": 0.5, "b": 0.2, "c": 0.0, "d": 0.3}
+
+
+def test_all_budgets_weigh_what_one_budget_does_on_average() -> None:
+    """The mean over the passes is the sum by probability; what is never drawn is not passed."""
+    passes = draw_passes("all", SHARES, 0)
+    assert [each.budget for each in passes] == ["a", "b", "d"], "largest first"
+    for each in passes:
+        assert each.weight / len(passes) == pytest.approx(SHARES[each.budget])
+    alike = draw_passes("all", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 0)
+    assert [each.weight for each in alike] == [1.0, 1.0, 1.0]
+
+
+def test_a_sandwich_is_both_ends_and_one_between_by_its_probability() -> None:
+    shares, draws = {"a": 0.9, "b": 0.06, "c": 0.0, "d": 0.02, "e": 0.02}, 4000
+    counts: Counter[str] = Counter()
+    for step in range(draws):
+        first, middle, last = draw_passes("sandwich", shares, draw_seed(0, "budget", 1, step, 0))
+        assert (first.budget, last.budget) == ("a", "e")
+        assert {first.weight, middle.weight, last.weight} == {1.0}
+        counts[middle.budget] += 1
+    assert set(counts) == {"b", "d"}
+    assert abs(counts["b"] - 0.75 * draws) <= 4 * math.sqrt(draws * 0.75 * 0.25)
+
+
+TARGETS = {"full": 100, "medium": 70, "small": 40}
+
+
+def refused(
+    targets: dict[str, int] = TARGETS, in_place: bool = True, **fields: object
+) -> str | None:
+    """The line with which a stage is refused, if it is."""
+    stages = {"learn": stage(mode="pretrain"), "last": stage(**fields)}
+    try:
+        check_budgets(stages, targets, 100, in_place)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+def test_the_teacher_in_place_is_the_whole_parent() -> None:
+    for mode in ("all", "sandwich"):
+        assert refused(budgets_per_batch=mode) is None
+        line = refused({"medium": 70, "small": 40, "tiny": 30}, budgets_per_batch=mode)
+        assert line == (
+            "objective.teacher=in_place: must be replicated unless one budget is the whole parent, "
+            "100 parameters; budgets.medium has 70"
+        )
+    assert refused({"medium": 70, "small": 40}, in_place=False, budgets_per_batch="all") is None
+
+
+def test_the_teacher_in_place_is_in_every_batch() -> None:
+    shares = {"medium": 0.4, "small": 0.6}
+    line = refused(budgets_per_batch="all", budget_probabilities=shares)
+    assert line == (
+        f"curriculum.stages.last.budget_probabilities={shares}: must be positive for full, the "
+        "teacher of the others (objective.teacher=in_place)"
+    )
+    assert refused(budgets_per_batch="all", budget_probabilities=shares, in_place=False) is None
+    ends = {"medium": 1.0}
+    assert refused(budgets_per_batch="sandwich", budget_probabilities=ends) is None
+
+
+def test_a_sandwich_has_something_to_draw_for_its_middle() -> None:
+    ends = {"full": 0.5, "small": 0.5}
+    line = refused(budgets_per_batch="sandwich", budget_probabilities=ends, in_place=False)
+    assert line == (
+        f"curriculum.stages.last.budget_probabilities={ends}: must be positive for one of medium: "
+        "a sandwich draws between the ends"
+    )
 
 
 # Seeds (law 8)

@@ -22,9 +22,10 @@ from strategies import (
 )
 from torch import Tensor
 
+import elastic.masks
 from elastic.architecture import Architecture, Selection, Space
 from elastic.config import AXES, ParentShape, SpaceConfig
-from elastic.masks import hard_keep, layer_gates, prefix_masks, soft_keep
+from elastic.masks import constant, hard_keep, layer_gates, prefix_masks, soft_keep
 from elastic.parent import Keep
 
 DROP_ORDER = (3, 1)
@@ -280,3 +281,22 @@ def test_masks_have_the_type_of_the_probabilities() -> None:
     keep = soft_keep(space, DROP_ORDER, double)
     assert keep.hidden.dtype == keep.layers[0].gate.dtype == torch.float64
     assert keep.layers[0].width.dtype == keep.layers[0].channels.dtype == torch.float64
+
+
+def test_a_constant_table_is_made_once_for_each_type_and_argument() -> None:
+    """Made again in every step, it would be copied to the device in every step."""
+    made = []
+
+    def build(size: int) -> Tensor:
+        made.append(size)
+        return torch.ones(size)
+
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    tables = [constant(build, (size,), like) for size in (2, 3, 2) for like in (single, double)]
+    assert made == [2, 2, 3, 3]
+    assert [len(table) for table in tables] == [2, 2, 3, 3, 2, 2]
+    assert [table.dtype for table in tables] == [torch.float32, torch.float64] * 3
+    soft_keep(tiny_space(), DROP_ORDER, uniform(tiny_space()))
+    before = elastic.masks._constant.cache_info().misses
+    soft_keep(tiny_space(), DROP_ORDER, uniform(tiny_space()))
+    assert elastic.masks._constant.cache_info().misses == before

@@ -49,6 +49,25 @@ def one_hots(space: Space, selection: Selection) -> dict[str, Tensor]:
     }
 
 
+# Noise
+
+
+@pytest.mark.parametrize("hard_probability", [0.0, 1.0])
+def test_noise_is_drawn_axis_by_axis(hard_probability: float) -> None:
+    """One copy to the device or one for each axis: the same numbers, written out plainly."""
+    logits, now = router_of()(torch.eye(3)), Schedule(temperature=0.7, scale=2.0)
+    drawn, noise = sample(logits, now, generator(5), hard_probability), generator(5)
+    torch.rand((), generator=noise)  # soft or hard
+    assert list(drawn) == list(logits)
+    for axis, values in logits.items():
+        uniform = torch.rand(values.shape, generator=noise).clamp(1e-9, 1 - 1e-7)
+        gumbel = -torch.log(-torch.log(uniform))
+        expected = torch.softmax((2.0 * values + gumbel) / 0.7, dim=-1)
+        if hard_probability:
+            expected = F.one_hot(expected.argmax(-1), expected.shape[-1]) + expected - expected
+        assert torch.equal(drawn[axis], expected), axis
+
+
 # Schedules
 
 

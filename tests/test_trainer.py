@@ -2,10 +2,12 @@
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -15,6 +17,7 @@ from elastic.config import ConfigError, EvaluateConfig
 from elastic.cost import parameters
 from elastic.evaluate.family import evaluate
 from elastic.manifest import Manifest
+from elastic.module import ElasticModule
 from elastic.parent.weights import load_parent
 from elastic.trainer import Run
 from tests.runs import CONF, settings, small_settings, stage
@@ -143,7 +146,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     return weights | load_file(run_dir / "elastic" / "router.safetensors")
 
 
-def brief(run_dir: Path) -> Run:
+def brief(run_dir: Path, *overrides: str) -> Run:
     return Run(
         small_settings(
             run_dir,
@@ -151,9 +154,27 @@ def brief(run_dir: Path) -> Run:
             "trainer.validate_every=4",
             "trainer.micro_batch_tokens=256",
             "router.freeze_at=0.5",
+            *overrides,
             steps=(5, 8, 4),
         )
     )
+
+
+def stop_at(stops: list[int], run_dir: Path, monkeypatch: pytest.MonkeyPatch, *over: str) -> None:
+    """Start the run again and again, each time for so many passes over all stages."""
+    for stop in stops:
+        stopper = Stop(stop)
+        with monkeypatch.context() as patch:
+            patch.setattr(elastic.trainer, "Progress", lambda one=stopper: one)
+            with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
+                brief(run_dir, *over).execute()
+
+
+def assert_same(resumed: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert resumed.keys() == whole.keys()
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +197,93 @@ def test_resuming_equals_never_stopping(
 ) -> None:
     """Bit for bit, wherever the run was stopped, in every phase; micro-steps are two per step."""
     run_dir = tmp_path / "run"
-    for stop in stops:
-        stopper = Stop(stop)  # counts over all stages
-        with monkeypatch.context() as patch:
-            patch.setattr(elastic.trainer, "Progress", lambda one=stopper: one)
-            with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
-                brief(run_dir).execute()
+    stop_at(stops, run_dir, monkeypatch)
     brief(run_dir).execute()
-    resumed = weights_of(run_dir)
-    assert resumed.keys() == uninterrupted.keys()
-    for name, weight in uninterrupted.items():
-        assert torch.equal(resumed[name], weight), name
+    assert_same(weights_of(run_dir), uninterrupted)
     with (run_dir / "metrics.csv").open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert steps == sorted(steps)
+
+
+IN_PLACE = ["objective.teacher=in_place", "objective.cross_entropy_weight=0.5"]
+ALL_THEN_SANDWICH = [
+    "curriculum.stages.short.budgets_per_batch=all",
+    "curriculum.stages.long.budgets_per_batch=sandwich",
+]
+
+
+@dataclass
+class Shared:
+    """A run whose batches are shared between budgets, and how each of its stages ended."""
+
+    overrides: list[str]
+    run_dir: Path
+    ends: list[tuple[ElasticModule, int]]
+    """Module and tokens on the progress bar."""
+
+
+@pytest.fixture(scope="module", params=[[], IN_PLACE], ids=["replicated", "in_place"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Six passes make a step: two micro-batches, three budgets."""
+    run_dir = tmp_path_factory.mktemp("runs") / "shared"
+    run = Shared([*ALL_THEN_SANDWICH, *request.param], run_dir, [])
+
+    class Ends(elastic.trainer.Progress):
+        def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+            assert isinstance(module, ElasticModule) and self.bar is not None
+            run.ends.append((module, self.bar.n))
+            super().on_train_end(trainer, module)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elastic.trainer, "Progress", Ends)
+        brief(run_dir, *run.overrides).execute()
+    return run
+
+
+def test_text_counts_once_however_many_budgets_share_it(shared: Shared) -> None:
+    assert [module.stage.passes for module, _ in shared.ends] == [1, 3, 3]
+    for module, counted in shared.ends:
+        assert counted == module.stage.tokens
+        assert module.micro_step == 2 * module.stage.passes * module.stage.steps
+
+
+def test_no_frozen_parent_is_kept_where_the_full_budget_teaches(shared: Shared) -> None:
+    frozen = [module.teacher is not None for module, _ in shared.ends]
+    replicated = IN_PLACE[0] not in shared.overrides
+    assert frozen == [False, replicated, replicated]
+
+
+def test_resuming_equals_never_stopping_with_several_budgets_per_batch(
+    shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within a step and a micro-batch, soft and then sliced."""
+    stop_at([10 + 22, 28], tmp_path / "run", monkeypatch, *shared.overrides)
+    brief(tmp_path / "run", *shared.overrides).execute()
+    assert_same(weights_of(tmp_path / "run"), weights_of(shared.run_dir))
+
+
+def test_the_full_member_is_the_teacher_of_validation_where_it_teaches(shared: Shared) -> None:
+    """There is no parent to compare with then, and nothing to compare the full member with."""
+    with (shared.run_dir / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["val/full/loss"]]
+    assert len(rows) >= 4
+    in_place = IN_PLACE[0] in shared.overrides
+    assert ("val/full/kl" in rows[0], "val/full/gap" in rows[0]) == (not in_place, not in_place)
+    for row in rows:
+        assert bool(row["val/parent/loss"]) != in_place
+        teacher = float(row["val/full/loss" if in_place else "val/parent/loss"])
+        for name in ("medium", "small"):
+            gap = float(row[f"val/{name}/loss"]) / teacher - 1
+            assert float(row[f"val/{name}/gap"]) == pytest.approx(gap, abs=1e-6)
+            assert float(row[f"val/{name}/kl"]) > 0
+
+
+def test_a_teacher_in_place_needs_the_whole_parent_among_the_budgets(tmp_path: Path) -> None:
+    """Targets are compared with the parent's size once that is known."""
+    overrides = [*ALL_THEN_SANDWICH, *IN_PLACE, "budgets.full.params=0.95"]
+    with pytest.raises(ConfigError, match="objective.teacher=in_place: must be replicated unless"):
+        Run(small_settings(tmp_path / "run", *overrides, steps=(2, 2, 2)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_changed_setting_is_refused_when_resuming(tmp_path: Path) -> None:
@@ -217,6 +311,7 @@ def test_resume_false_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> N
         ("budgets.small.params=0.05", "budgets.small: no combination .* closest reachable"),
         ("parent.shape.vocab_size=300", "300"),
         ("importance.sequence_length=10000000", "importance.sequence_length=10000000"),
+        ("objective.top_k=100000", "objective.top_k=100000: must be at most the parent's vocab"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

@@ -52,6 +52,19 @@ class RunConfig:
             where = f"curriculum.stages.{name}"
             for drawn in stage.budget_probabilities or {}:
                 one_of(f"{where}.budget_probabilities", drawn, tuple(self.budgets))
+            passes = f"{where}.budgets_per_batch", stage.budgets_per_batch
+            require(
+                stage.budgets_per_batch != "sandwich" or len(self.budgets) >= 3,
+                *passes,
+                f"one or all unless there are three budgets; there are {len(self.budgets)}",
+            )
+            require(
+                self.objective.teacher != "in_place"
+                or stage.mode == "pretrain"
+                or stage.budgets_per_batch != "one",
+                *passes,
+                "all or sandwich with objective.teacher=in_place: the full budget teaches the rest",
+            )
             micro = self.trainer.micro_batch_tokens or stage.batch_tokens // self.trainer.world_size
             unit = micro * self.trainer.world_size
             require(

@@ -4,13 +4,25 @@ from dataclasses import dataclass
 
 from elastic.config.checks import one_of, require
 
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+"""Ways to measure how far a student's next-token distribution is from the teacher's."""
+
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     """Weights of the loss terms (arXiv 2511.16664, section 3.4)."""
 
     distillation_weight: float = 1.0
-    """Forward KL from the frozen, unsorted parent."""
+    """Divergence from the teacher."""
+    teacher: str = "replicated"
+    """`replicated` is the frozen, unsorted parent; `in_place` the full budget's pass over the same
+    batch, which itself learns by cross-entropy alone."""
+    divergence: str = "forward_kl"
+    """`forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the
+    Jensen-Shannon divergence, both models weighing half."""
+    top_k: int | None = None
+    """Tokens that the teacher names; all others are one ghost token. null is the whole
+    vocabulary."""
     temperature: float = 1.0
     """Distillation temperature, for both models."""
     cross_entropy_weight: float = 0.0
@@ -38,6 +50,16 @@ class ObjectiveConfig:
             self.distillation_weight,
             "positive, or objective.cross_entropy_weight must be",
         )
+        one_of("objective.teacher", self.teacher, ("replicated", "in_place"))
+        require(
+            self.teacher == "replicated" or self.cross_entropy_weight > 0,
+            "objective.cross_entropy_weight",
+            self.cross_entropy_weight,
+            "positive with objective.teacher=in_place: the full budget has nothing else to learn",
+        )
+        one_of("objective.divergence", self.divergence, DIVERGENCES)
+        if self.top_k is not None:
+            require(self.top_k > 0, "objective.top_k", self.top_k, "positive, or null")
         require(self.temperature > 0, "objective.temperature", self.temperature, "positive")
         require(self.chunk_tokens > 0, "objective.chunk_tokens", self.chunk_tokens, "positive")
 
@@ -56,6 +78,10 @@ class StageConfig:
     """Tokens per optimizer step, over all processes."""
     budget_probabilities: dict[str, float] | None = None
     """How often each budget is drawn; null draws all alike."""
+    budgets_per_batch: str = "one"
+    """What a micro-batch trains: `one` budget drawn by its probability; `all` of them, their losses
+    weighted by it; or `sandwich`, the largest, the smallest and one drawn from those between, alike
+    (arXiv 1903.05134)."""
     model_lr: float
     """Peak learning rate of the weights."""
     router_lr: float = 1e-2
@@ -79,6 +105,14 @@ class StageConfig:
             f"{where}.batch_tokens",
             self.batch_tokens,
             f"a multiple of sequence_length={self.sequence_length}; the nearest is {nearest}",
+        )
+        passes = self.budgets_per_batch
+        one_of(f"{where}.budgets_per_batch", passes, ("one", "all", "sandwich"))
+        require(
+            self.mode == "elastic" or passes == "one",
+            f"{where}.budgets_per_batch",
+            passes,
+            "one: a pretrain stage has no budgets",
         )
         probabilities = self.budget_probabilities
         if probabilities is not None:
@@ -141,6 +175,9 @@ class DataConfig:
     id."""
     tokenizer_vocab: int = 1024
     """Vocabulary of a tokenizer that is trained here."""
+    separate_documents: bool = False
+    """Whether the end-of-text token starts a document that sees nothing of those before it, in
+    training and in its validation; false lets state and attention cross, as is usual."""
 
     def __post_init__(self) -> None:
         one_of("data.source", self.source, ("stdlib", "files", "hub"))
@@ -199,8 +236,8 @@ class TrainerConfig:
     precision: str = "32-true"
     """32-true, bf16-mixed or bf16-true."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass and process; null is the whole batch. The budget is drawn per forward
-    pass."""
+    """Tokens per forward pass and process; null is the whole batch. Budgets are drawn for each of
+    these micro-batches."""
     validate_every: int = 200
     """Optimizer steps between validations of every budget."""
     checkpoint_every: int = 200

@@ -23,8 +23,9 @@ def permutation(seed: int, stage_name: str, epoch: int, size: int) -> Tensor:
 class SequenceStream(IterableDataset[Tensor]):
     """Endless batches of shuffled sequences, (b, t + 1) int64.
 
-    There is one stream of positions over all processes; micro-step m of rank r takes the
-    `batch_sequences` from (m * world_size + r) * batch_sequences on. Position q is sequence
+    Every batch comes `repeats` times in a row, once per micro-step. There is one stream of
+    positions over all processes; micro-step m of rank r takes the `batch_sequences` from
+    (m // repeats * world_size + r) * batch_sequences on. Position q is sequence
     permutation(epoch)[q % n] of epoch q // n. So nothing needs saving to resume: a stream that
     starts at micro-step k goes on exactly as one that has come there.
     """
@@ -36,15 +37,18 @@ class SequenceStream(IterableDataset[Tensor]):
         batch_sequences: int,
         seed: int,
         stage_name: str,
+        repeats: int = 1,
         start_micro_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         assert batch_sequences > 0 and start_micro_step >= 0 and 0 <= rank < world_size
+        assert repeats > 0
         self.sequences = sequences
         self.batch_sequences = batch_sequences
         self.seed = seed
         self.stage_name = stage_name
+        self.repeats = repeats
         self.start_micro_step = start_micro_step
         self.rank = rank
         self.world_size = world_size
@@ -52,23 +56,26 @@ class SequenceStream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         size = len(self.sequences)
         epoch, order = -1, torch.empty(0)
-        for micro_step in itertools.count(self.start_micro_step):
-            first = (micro_step * self.world_size + self.rank) * self.batch_sequences
+        start, skipped = divmod(self.start_micro_step, self.repeats)
+        for number in itertools.count(start):
+            first = (number * self.world_size + self.rank) * self.batch_sequences
             rows = []
             for position in range(first, first + self.batch_sequences):
                 if position // size != epoch:  # a batch may reach into the next epoch
                     epoch = position // size
                     order = permutation(self.seed, self.stage_name, epoch, size)
                 rows.append(self.sequences[int(order[position % size])])
-            yield torch.stack(rows)
+            yield from itertools.repeat(torch.stack(rows), self.repeats - skipped)
+            skipped = 0
 
 
 class TextDataModule(L.LightningDataModule):
     """One stage's batches: (b, sequence_length + 1) int64, the inputs and the last target.
 
-    `batch_sequences` is per process and forward pass. Validation is the same on every rank and in
-    every call: up to `validation_sequences` windows, spread evenly over the held-out text. The
-    trainer must be built with use_distributed_sampler=False; the ranks share the work here.
+    `batch_sequences` is per process and forward pass; each batch comes `repeats` times in a row.
+    Validation is the same on every rank and in every call: up to `validation_sequences` windows,
+    spread evenly over the held-out text. The trainer must be built with
+    use_distributed_sampler=False; the ranks share the work here.
 
     Raises ConfigError when either array of tokens is shorter than one sequence.
     """
@@ -84,6 +91,7 @@ class TextDataModule(L.LightningDataModule):
         validation_batch: int,
         seed: int,
         stage_name: str,
+        repeats: int = 1,
         start_micro_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -96,6 +104,7 @@ class TextDataModule(L.LightningDataModule):
             batch_sequences=batch_sequences,
             seed=seed,
             stage_name=stage_name,
+            repeats=repeats,
             start_micro_step=start_micro_step,
             rank=rank,
             world_size=world_size,

@@ -104,7 +104,8 @@ def _tokenizer_source(config: DataConfig, parent_path: str | None) -> tuple[str,
 
 def _fingerprint(config: DataConfig, source: tuple[str, str] | None) -> str:
     settings = asdict(config)
-    del settings["validation_sequences"]  # chosen from the tokens later
+    for name in ("validation_sequences", "separate_documents"):  # matter to the tokens' use alone
+        del settings[name]
     files = {}
     if source is not None:
         names = ("*token*", "vocab*", "merges.txt")

@@ -61,6 +61,21 @@ def test_starting_later_is_going_on(start: int) -> None:
     torch.testing.assert_close(torch.stack(late), torch.stack(whole[start:]))
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_a_repeated_batch_is_the_same_text_and_the_next_one_follows(repeats: int) -> None:
+    """However often batches repeat, the text comes in the same order, border of epochs included."""
+    plain = torch.stack(batches(20, rank=1, world_size=2))
+    repeated = torch.stack(batches(20 * repeats, rank=1, world_size=2, repeats=repeats))
+    torch.testing.assert_close(repeated, plain.repeat_interleave(repeats, dim=0))
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_a_stream_goes_on_between_the_repeats_of_a_batch(start: int) -> None:
+    whole = batches(start + 10, repeats=3)
+    late = batches(10, repeats=3, start_micro_step=start)
+    torch.testing.assert_close(torch.stack(late), torch.stack(whole[start:]))
+
+
 def test_ranks_share_one_stream_and_never_overlap_within_an_epoch() -> None:
     ranks = [batches(10, rank=rank, world_size=3, batch_sequences=2) for rank in range(3)]
     one = batches(10, batch_sequences=6)

@@ -54,7 +54,9 @@ def test_what_was_saved_is_used_again(
     assert names == ["data.json", "tokenizer", "train.npy", "validation.npy"]
     forbid_work(monkeypatch)
     # how much is validated says nothing about the tokens
-    found = prepare_data(replace(config, validation_sequences=5), tmp_path / "data", None)
+    found = prepare_data(
+        replace(config, validation_sequences=5, separate_documents=True), tmp_path / "data", None
+    )
     assert_same(prepared, found)
     assert isinstance(found.train, np.memmap)
     before = (tmp_path / "data" / "train.npy").stat().st_mtime_ns
