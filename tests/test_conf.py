@@ -4,15 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from elastic.config import EvaluateConfig, ExtractConfig, RunConfig
+from elastic.config import BENCHES, EvaluateConfig, ExtractConfig, RunConfig, parse
 from tests.runs import CONF, settings
 
 GROUPS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "debug")
+    if path.parent.name not in ("experiment", "debug", "bench")
 )
 REAL = ["parent=pretrained", "parent.path=DIR", "curriculum=two_stage"]
 """What options for a real parent go with."""
@@ -54,6 +55,14 @@ def test_every_setting_is_spelled_out_in_the_files() -> None:
 def test_commands_spell_their_settings_out(command: str, schema: type) -> None:
     written = set(map(str, OmegaConf.load(CONF / f"{command}.yaml")))
     assert written - {"defaults", "hydra"} == {field.name for field in dataclasses.fields(schema)}
+
+
+@pytest.mark.parametrize("name", sorted(BENCHES))
+def test_benches_spell_their_settings_out(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = compose(f"bench/{name}")
+    assert set(map(str, raw)) == {field.name for field in dataclasses.fields(BENCHES[name])}
+    assert isinstance(parse(raw, BENCHES[name]), BENCHES[name])
 
 
 def test_the_published_curriculum_is_that_of_the_paper() -> None:

@@ -5,6 +5,16 @@ unknown, of the wrong type or impossible has stopped with one line. Nothing here
 that a typing mistake is reported in a second.
 """
 
+from elastic.config.bench import (
+    BENCHES,
+    BenchConfig,
+    LossBenchConfig,
+    ProfileBenchConfig,
+    RunBenchConfig,
+    ScanBenchConfig,
+    ScanShape,
+    StepBenchConfig,
+)
 from elastic.config.checks import ConfigError, explain, parse
 from elastic.config.commands import EvaluateConfig, ExtractConfig, RunConfig
 from elastic.config.model import (
@@ -30,6 +40,8 @@ from elastic.config.training import (
 
 __all__ = [
     "AXES",
+    "BENCHES",
+    "BenchConfig",
     "BudgetConfig",
     "ConfigError",
     "CurriculumConfig",
@@ -40,14 +52,20 @@ __all__ = [
     "KINDS",
     "LAYERED_AXES",
     "LoggerConfig",
+    "LossBenchConfig",
     "ObjectiveConfig",
     "OptimConfig",
     "ParentConfig",
     "ParentShape",
+    "ProfileBenchConfig",
     "RouterConfig",
+    "RunBenchConfig",
     "RunConfig",
+    "ScanBenchConfig",
+    "ScanShape",
     "SpaceConfig",
     "StageConfig",
+    "StepBenchConfig",
     "TrainerConfig",
     "explain",
     "parse",
