@@ -37,7 +37,7 @@ class BenchConfig:
             numbers = value if isinstance(value, list) else [value]
             require(bool(numbers) and min(numbers) > 0, name, value, "positive")
 
-    def random_parent(self, parent: ParentConfig) -> None:
+    def check_parent(self, parent: ParentConfig) -> None:
         """Raise `ConfigError` for a parent that comes from a checkpoint."""
         path, allowed = parent.path, "null: a bench runs on random weights of parent.shape"
         require(path is None, "parent.path", path, allowed)
@@ -65,7 +65,7 @@ class StepBenchConfig(BenchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.random_parent(self.parent)
+        self.check_parent(self.parent)
         self.positive("sequences", "sequence_length", "chunk_tokens", "stock_chunks", "shares")
         require(max(self.shares) < 1, "shares", self.shares, "below 1: the parent is measured too")
         require(len(set(self.shares)) == len(self.shares), "shares", self.shares, "different")
@@ -92,7 +92,7 @@ class RunBenchConfig(BenchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.random_parent(self.parent)
+        self.check_parent(self.parent)
         self.positive("sequence_length", "batch_tokens", "steps", "shares")
         require(
             self.warmup > 0, "warmup", self.warmup, "at least 1: the first step of a fit is slow"
@@ -206,7 +206,7 @@ class ProfileBenchConfig(BenchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.random_parent(self.parent)
+        self.check_parent(self.parent)
         self.positive("sequences", "sequence_length", "chunk_tokens", "square")
         require(0 < self.share <= 1, "share", self.share, "in (0, 1]")
         one_of("precision", self.precision, PRECISIONS)
