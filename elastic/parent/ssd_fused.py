@@ -102,7 +102,7 @@ class _MixerCore(torch.autograd.Function):
         read = opening * y  # b t i
         masked = read if units is None else read * units[:, None]
         normed = masked.unflatten(-1, (groups, -1)) * scale  # b t g m
-        gated_grad = (grad * norm).view_as(normed)
+        gated_grad = (grad * norm).reshape(normed.shape)
         along = torch.linalg.vecdot(gated_grad, normed).unsqueeze(-1)
         kept = _kept(units, inner, groups)
         along /= kept
@@ -125,7 +125,7 @@ class _MixerCore(torch.autograd.Function):
 
         # Scan.
         signal = F.silu(conv_out)
-        x, _, _ = _parts(signal, inner, groups, heads, chunk)
+        x, _, _ = _views(signal, inner, groups, heads, chunk)
         skipped = (y_grad * x).sum(3)  # b z h l
         reads = reads - skipped * d[:, None]
         entering_grad, decay_grad, b_grad, c_grad = scan_chunks_backward(
