@@ -6,9 +6,9 @@ from elastic.config import RunConfig
 
 def main(config: RunConfig) -> None:
     """Train as configured."""
-    from elastic.trainer import Run  # imports torch: only once the settings are known to be good
+    from elastic.launch import launch  # imports torch: only once the settings are known to be good
 
-    Run(config).execute()
+    launch(config)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,27 +13,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from elastic.cluster.place import Place
 from elastic.config import ObjectiveConfig
 from elastic.family import sizes
-from elastic.files import atomic_file
-from elastic.losses import token_terms
+from elastic.losses import Head, TopK, token_terms
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import Member
+from elastic.resume import CheckpointStore, Saved, load_state, local_pieces, restore_random
+from elastic.teacher import StoredTeacher, Teacher
 
 log = logging.getLogger(__name__)
 
 Outputs = dict[str, Any]
 
 
-def _step(trainer: L.Trainer, module: L.LightningModule) -> int:
-    """Optimizer steps over all stages."""
-    assert isinstance(module, ElasticModule)
-    return module.stage.steps_before + trainer.global_step
-
-
-def _log(trainer: L.Trainer, module: L.LightningModule, metrics: dict[str, float]) -> None:
+def _log(trainer: L.Trainer, module: ElasticModule, metrics: dict[str, float]) -> None:
+    """Write a row; its step counts over all stages."""
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=_step(trainer, module))
+        logger.log_metrics(metrics, step=module.stage.steps_before + module.step)
 
 
 class Metrics(Callback):
@@ -76,7 +72,7 @@ class Metrics(Callback):
                 f"router/{name}" if name in ("temperature", "scale") else f"router/{budget}/{name}"
             )
             self.values[key].append((value, weight))
-        if module.between_steps and trainer.global_step % self.every == 0 and self.tokens:
+        if module.between_steps and module.step % self.every == 0 and self.tokens:
             self._write(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -85,15 +81,20 @@ class Metrics(Callback):
 
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ElasticModule)
-        row = {name: _mean(values) for name, values in self.values.items()}
+        names = sorted(self.values)  # the same on all processes, since all draw alike
+        means = torch.tensor([_mean(self.values[name]) for name in names], device=module.device)
+        means = trainer.strategy.reduce(means, reduce_op="mean")  # over all processes
+        row = dict(zip(names, means.tolist(), strict=True))
         seconds = time.monotonic() - self.since
         row["train/tokens_per_second"] = self.tokens / max(seconds, 1e-9)
         row["train/stage"] = module.stage.index
-        row["train/tokens"] = trainer.global_step * module.stage.config.batch_tokens
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        row["train/tokens"] = module.step * module.stage.config.batch_tokens
+        row["train/gradient_norm"] = float(module.gradient_norm)
+        row["train/skipped_steps"] = module.skipped_steps
+        rates = module.rates(max(module.step - 1, 0))
         row["train/model_lr"] = rates[0]
         if module.router is not None:
-            row["train/router_lr"] = rates[-1]
+            row["train/router_lr"] = rates[1]
         _log(trainer, module, row)
         self.on_train_start(trainer, module)
 
@@ -132,7 +133,7 @@ class Progress(Callback):
         self.bar = tqdm(
             desc=stage.name,
             total=stage.tokens,
-            initial=trainer.global_step * stage.config.batch_tokens,
+            initial=module.step * stage.config.batch_tokens,
             unit="tok",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
@@ -184,11 +185,12 @@ class BudgetValidation(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
-        if module.between_steps and trainer.global_step % self.every == 0:
+        if module.between_steps and module.step % self.every == 0:
             self.validate(trainer, module)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
+        assert isinstance(module, ElasticModule)
+        if module.step == 0:
             self.validate(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -198,16 +200,16 @@ class BudgetValidation(Callback):
     def validate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Measure and log, once per optimizer step."""
         assert isinstance(module, ElasticModule)
-        if trainer.global_step == self.last_step:
+        if module.step == self.last_step:
             return
-        self.last_step = trainer.global_step
+        self.last_step = module.step
         row: dict[str, float] = {}
         if module.family is None:
-            losses, _ = self._measure(module, {PARENT: None})
+            losses, _ = self._measure(trainer, module, {PARENT: None})
         else:
             choices = module.family.choices(module.progress)
             members = {name: module.family.member(choice) for name, choice in choices.items()}
-            losses, divergences = self._measure(module, members)
+            losses, divergences = self._measure(trainer, module, members)
             teacher = next(iter(members)) if module.teacher is None else PARENT
             for name, choice in choices.items():
                 if name in divergences:
@@ -218,10 +220,10 @@ class BudgetValidation(Callback):
         row |= {f"val/{name}/loss": loss for name, loss in losses.items()}
         _log(trainer, module, row)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        log.info("%s step %d: validation loss %s", module.stage.name, trainer.global_step, shown)
+        log.info("%s step %d: validation loss %s", module.stage.name, module.step, shown)
 
     def _measure(
-        self, module: ElasticModule, members: dict[str, Member]
+        self, trainer: L.Trainer, module: ElasticModule, members: dict[str, Member]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Mean loss of every member and of the teacher, and mean KL to it, in nats per token.
 
@@ -233,35 +235,52 @@ class BudgetValidation(Callback):
         config = ObjectiveConfig(
             cross_entropy_weight=1.0, chunk_tokens=module.objective.chunk_tokens
         )
-        count = 0
+        count, rows = 0, 0
         for batch in self.data:
             batch = batch.to(module.device)
             targets = batch[:, 1:].flatten()
-            teacher = module.teach(batch)  # once for all members
-            if teacher is not None:
-                terms = token_terms(teacher, None, targets, config)
-                losses[PARENT] += float(terms["cross_entropy"]) * len(targets)
+            teacher: Head | TopK | None = None
+            if module.teacher is not None:  # once for all members
+                teacher = module.teacher.teach(batch, "validation", rows)
+                loss = _teacher_loss(module.teacher, teacher, targets, config, rows, len(batch))
+                losses[PARENT] += loss * len(targets)
             for name, member in members.items():
-                student = module.head(module.parent, batch, member)
-                terms = token_terms(student, teacher, targets, config)
+                assert trainer.strategy.model is not None
+                with trainer.precision_plugin.val_step_context():
+                    terms, student = trainer.strategy.model(batch, member, teacher, config)
                 losses[name] += float(terms["cross_entropy"]) * len(targets)
                 if teacher is not None:
                     divergences[name] += float(terms["distillation"]) * len(targets)
                 elif module.family is not None:
                     teacher = student
             count += len(targets)
+            rows += len(batch)
         return (
             {name: total / count for name, total in losses.items()},
             {name: total / count for name, total in divergences.items()},
         )
 
 
-class Checkpoints(Callback):
-    """checkpoints/last.ckpt: everything a run needs to go on, every few steps and at each stage's
-    end."""
+def _teacher_loss(
+    teacher: Teacher,
+    said: Head | TopK,
+    targets: Tensor,
+    config: ObjectiveConfig,
+    first: int,
+    rows: int,
+) -> float:
+    """Cross-entropy of the teacher itself on validation rows, in nats per token."""
+    if isinstance(said, TopK):
+        assert isinstance(teacher, StoredTeacher)
+        return teacher.cross_entropy("validation", first, rows)
+    return float(token_terms(said, None, targets, config)["cross_entropy"])
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+
+class Checkpoints(Callback):
+    """Resume checkpoints: every few steps, at each stage's end, and when a signal asks to stop."""
+
+    def __init__(self, store: CheckpointStore, every: int) -> None:
+        self.store, self.every = store, every
 
     def on_train_batch_end(
         self,
@@ -272,17 +291,42 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
-        if module.between_steps and trainer.global_step % self.every == 0:
-            self.save(trainer)
+        if module.between_steps and module.step % self.every == 0:
+            self.save(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.save(trainer)
+        assert isinstance(module, ElasticModule)
+        if module.family is not None:  # a stage may end where the router freezes
+            module.family.freeze_if_due(module.progress)
+        self.save(trainer, module)
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write atomically; every rank takes part, the first one writes."""
-        if trainer.is_global_zero:
-            with atomic_file(self.path) as temporary:
-                trainer.save_checkpoint(temporary)
-        else:
-            trainer.save_checkpoint(self.path)
-        trainer.strategy.barrier()  # no rank may read the file before it has its name
+    def save(self, trainer: L.Trainer, module: ElasticModule) -> None:
+        """Write where the run stands, once per step; every process takes part."""
+        state = module.state()
+        latest = self.store.latest
+        at = (state["stage"], state["step"])
+        if latest is not None and at == (latest.state["stage"], latest.state["step"]):
+            return
+        pieces, steps = local_pieces(
+            module.parent, trainer.optimizers[0], trainer.global_rank, trainer.world_size
+        )
+        shared = {} if module.router_optimizer is None else module.router_optimizer.state()
+        self.store.save(
+            state | {"optimizer_steps": steps}, pieces, shared, module.step == module.stage.steps
+        )
+
+
+class Restore(Callback):
+    """Sets optimizer and random generators to a checkpoint, once the strategy has made its own of
+    them; weights and routers were loaded before."""
+
+    def __init__(self, saved: Saved, place: Place) -> None:
+        self.saved, self.place = saved, place
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, ElasticModule)
+        steps = self.saved.state["optimizer_steps"]
+        load_state(module.parent, trainer.optimizers[0], self.saved.pieces, steps, self.place.rank)
+        random = self.saved.random(self.place)
+        if random is not None:
+            restore_random(random)

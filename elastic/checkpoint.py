@@ -1,5 +1,6 @@
 """Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
 
+import math
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -9,13 +10,14 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from elastic.config import RunConfig
+from elastic.config import ParentShape, RunConfig
+from elastic.cut import tensor_shapes
 from elastic.family import Family
 from elastic.files import atomic_directory, digest
 from elastic.importance import Ranking
 from elastic.manifest import Manifest, Member
-from elastic.parent import HybridParent
-from elastic.parent.weights import save_parent
+from elastic.parent.weights import Pending, save_weights
+from elastic.resume import Pieces
 from elastic.search import Choice
 
 PACKAGES = ("elastic", "torch", "transformers", "lightning", "safetensors", "tokenizers")
@@ -43,22 +45,44 @@ def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any]
     return {"chunk_size": 128, **ids}
 
 
+def _weights(shape: ParentShape, pieces: Pieces) -> list[Pending]:
+    """A checkpoint's weights under their stored names, each assembled when it is written."""
+
+    def pending(name: str, size: tuple[int, ...]) -> Pending:
+        tied = shape.tied_head and name == "lm_head.weight"
+        stored = "backbone.embeddings.weight" if tied else name
+        bytes_each = pieces.dtype(stored).itemsize
+        return Pending(name, math.prod(size) * bytes_each, lambda: pieces.weight(stored, size))
+
+    return [pending(name, size) for name, size in tensor_shapes(shape).items()]
+
+
 def write_parent(
     directory: Path,
-    parent: HybridParent,
+    shape: ParentShape,
+    pieces: Pieces,
     tokenizer: PreTrainedTokenizerBase,
     base_config: dict[str, Any],
 ) -> None:
     """Write a parent that was trained here as an ordinary checkpoint with its tokenizer."""
     with atomic_directory(directory, replace=True) as temporary:
-        save_parent(parent, temporary, base_config)
+        save_weights(temporary, shape, _weights(shape, pieces), base_config)
         tokenizer.save_pretrained(temporary)
+
+
+def is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
+    """Whether an elastic checkpoint is there, written after so many tokens of every stage."""
+    try:
+        return Manifest.read(directory).provenance["tokens_seen"] == tokens_seen
+    except (ValueError, KeyError):
+        return False
 
 
 def write_elastic(
     directory: Path,
     config: RunConfig,
-    parent: HybridParent,
+    shape: ParentShape,
+    pieces: Pieces,
     tokenizer: PreTrainedTokenizerBase,
     base_config: dict[str, Any],
     family: Family,
@@ -67,7 +91,7 @@ def write_elastic(
     tokens_seen: dict[str, int],
 ) -> None:
     """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
-    then."""
+    then. No more than one shard of the weights is in memory."""
     budgets = {
         name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
         for name, choice in choices.items()
@@ -84,7 +108,7 @@ def write_elastic(
         budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
     )
     with atomic_directory(directory, replace=True) as temporary:
-        save_parent(parent, temporary, base_config)
+        save_weights(temporary, shape, _weights(shape, pieces), base_config)
         tokenizer.save_pretrained(temporary)
         router = {
             name: weight.detach().cpu().clone()

@@ -140,18 +140,24 @@ class Family:
         return self._settled >= self.config.settled_steps
 
     def state(self) -> dict:
-        """What a checkpoint needs beside the router's weights."""
+        """What a checkpoint needs beside the router's weights; JSON."""
         frozen = None
         if self.frozen is not None:
-            frozen = {name: choice.selection for name, choice in self.frozen.items()}
+            frozen = {
+                name: {axis: [int(pick) for pick in picks] for axis, picks in c.selection.items()}
+                for name, c in self.frozen.items()
+            }
         return {"frozen": frozen, "settled": self._settled, "picks": self._last_picks}
 
     def load_state(self, state: dict) -> None:
         """Inverse of `state`."""
         self._settled = state["settled"]
-        self._last_picks = [tuple(pick) for pick in state["picks"]]
+        self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
         if state["frozen"] is not None:
-            self.frozen = {name: self.choice(sel) for name, sel in state["frozen"].items()}
+            self.frozen = {
+                name: self.choice({axis: tuple(picks) for axis, picks in selection.items()})
+                for name, selection in state["frozen"].items()
+            }
             self.router.requires_grad_(False)
 
     def choice(self, selection: Selection) -> Choice:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -29,6 +29,18 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+def sweep(directory: Path) -> None:
+    """Remove what killed processes have left of files and directories not yet renamed.
+
+    Nobody else may be writing there.
+    """
+    for leftover in directory.glob(".*.tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def recover(path: Path) -> None:
     """Bring back a directory that had stepped aside when its successor failed to arrive."""
     if not path.exists() and _old(path).is_dir():
@@ -43,9 +55,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,12 +85,12 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
+            sync(file)
         if path.exists():
             shutil.rmtree(_old(path), ignore_errors=True)
             os.rename(path, _old(path))
         os.rename(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
         done = True
         shutil.rmtree(_old(path), ignore_errors=True)
     finally:

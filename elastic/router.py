@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from elastic.architecture import Space
-from elastic.config import RouterConfig
+from elastic.config import OptimConfig, RouterConfig
 from elastic.cost import LayerSize, total_parameters
 from elastic.masks import Distributions, constant, layer_gates
 
@@ -82,6 +84,68 @@ class Router(nn.Module):
             axis: torch.log_softmax(scale * values[0].double(), dim=-1).cpu().numpy()
             for axis, values in logits.items()
         }
+
+
+class RouterOptimizer:
+    """AdamW on the routers, in float32 and alike on every process, whatever the strategy.
+
+    They are a few thousand weights: outside the strategy nothing partitions or rounds them, and
+    their steep gradients are clipped apart from the model's, which they must not shrink.
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, router: Router, config: OptimConfig) -> None:
+        self.weights, self.clip = dict(router.named_parameters()), config.gradient_clip
+        betas = (config.beta1, config.beta2)
+        group = {"params": list(self.weights.values())}
+        self.adam = torch.optim.AdamW(
+            [group], betas=betas, eps=config.eps, weight_decay=0.0, fused=True
+        )
+
+    def step(self, rate: float) -> bool:
+        """Step by the mean gradient of all processes; False if it is not finite: nothing moves."""
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        if not gradients:  # frozen, or nothing to choose
+            return True
+        if dist.is_initialized():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        finite = bool(clip_grad_norm_(self.weights.values(), self.clip).isfinite())
+        if finite:
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+        self.forget()
+        return finite
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, moments and steps by name, for a checkpoint."""
+        tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key in ("step", *self.MOMENTS):
+                if weight in self.adam.state:
+                    tensors[f"{key}.{name}"] = self.adam.state[weight][key]
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[f"weight.{name}"])
+            if f"step.{name}" in tensors:
+                self.adam.state[weight] = {
+                    key: tensors[f"{key}.{name}"].to(weight.device).clone()
+                    for key in ("step", *self.MOMENTS)
+                }
 
 
 def sample(

@@ -1,6 +1,5 @@
 """Config -> parent, data, family, and a Lightning `fit` per stage. The data's way through a run."""
 
-import copy
 import logging
 import time
 import warnings
@@ -11,18 +10,19 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from elastic import checkpoint as elastic_checkpoint
 from elastic.architecture import Architecture, Space
-from elastic.callbacks import BudgetValidation, Checkpoints, Metrics, Progress
+from elastic.callbacks import BudgetValidation, Checkpoints, Metrics, Progress, Restore
+from elastic.cluster.place import ALONE, Place, first_alone, wait_for_all
+from elastic.cluster.strategies import build_strategy, check_zero
 from elastic.config import ConfigError, ParentShape, RunConfig
 from elastic.cost import parameters
 from elastic.curriculum import Stage, budget_probabilities, check_budgets, plan
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
 from elastic.family import Family, describe
-from elastic.files import atomic_file
+from elastic.files import atomic_file, recover, sweep
 from elastic.importance import Ranking, rank, sort_parent
 from elastic.loggers import MetricsFile, build_loggers
 from elastic.losses import check_objective
@@ -30,8 +30,10 @@ from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.weights import load_parent, locate, read_config, read_shape
-from elastic.router import Router
+from elastic.resume import CheckpointStore, Saved
+from elastic.router import Router, RouterOptimizer
 from elastic.search import check_reachable, targets_of
+from elastic.teacher import Teacher, build_teacher, check_teacher, contents_of
 
 log = logging.getLogger(__name__)
 
@@ -39,61 +41,70 @@ for _noisy in ("lightning.pytorch", "lightning.fabric"):  # devices found, tips,
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 # Lightning 2.6 asks torch 2.13 for something that is called differently now.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
+# Which processes there are is known before Lightning wonders about it.
+warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 
 MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
 """Settings that a resumed run may set anew; the others would make it another run."""
 
 
-def global_rank() -> int:
-    """Rank of this process over all nodes; 0 writes."""
-    return int(getattr(rank_zero_only, "rank", None) or 0)
-
-
 class Run:
-    """One run: everything is checked before anything is written."""
+    """One run, on this process: everything is checked before anything is written."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, place: Place = ALONE) -> None:
+        self.config, self.place = config, place
         self.run_dir = Path(config.run_dir)
-        self.last = self.run_dir / "checkpoints" / "last.ckpt"
         self._check_run_dir()
         stages = config.curriculum.stages
         self.stages = plan(stages, config.trainer, list(config.budgets))
         self.source, self.parent_config, self.shape = self._find_parent()
         self.space = Space.build(config.space, self.shape)
         self.targets = targets_of(config.budgets, self.shape)
-        self.in_place = config.objective.teacher == "in_place"
         full = parameters(self.shape, Architecture.full(self.shape))
-        check_budgets(stages, self.targets, full, self.in_place)
+        check_budgets(stages, self.targets, full, config.objective.teacher == "in_place")
         nested, tolerance = config.space.nested, config.space.tolerance
         check_reachable(self.space, self.targets, config.importance, tolerance, nested)
         check_objective(config.objective, self.shape.vocab_size)
-        self.kernels = resolve_kernels(config.parent.kernels, self._device())
+        self.device = find_device(config)
+        check_zero(config.trainer, self.device)
+        check_teacher(config.objective.teacher, config.trainer.world_size)
+        self.kernels = resolve_kernels(config.parent.kernels, self.device)
         source = None if self.source is None else str(self.source)
         self.data = prepare_data(config.data, self.run_dir / "data", source)
         check_vocabulary(self.data.tokenizer, self.shape.vocab_size)
         self._check_lengths()
         self.base_config = elastic_checkpoint.stock_base(self.data.tokenizer, self.parent_config)
+        self.teacher = self._stored_teacher() if self._original().is_dir() else None
+        keep = config.trainer.keep_checkpoints
+        self.store = CheckpointStore(self.run_dir / "checkpoints", keep, place)
+
+    def begin(self) -> None:
+        """Take the run directory: settings and tokens are written, left-overs removed."""
+        if self.place.rank != 0:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        sweep(self.run_dir)
+        for name in ("parent", "elastic"):
+            recover(self.run_dir / name)
+        with atomic_file(self.run_dir / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+        self.data.save(self.run_dir / "data")
 
     def execute(self) -> Path:
         """Run every stage that is not done yet; returns the elastic checkpoint's directory."""
         start = time.monotonic()
         torch.manual_seed(self.config.seed)  # nothing draws from it; libraries might
-        if global_rank() == 0:
-            self._write_config()
-            self.data.save(self.run_dir / "data")
         loggers = build_loggers(self.config, self.run_dir)
-        resumed = self._resume_state()
-        if resumed is not None:
-            log.info("resuming stage %s at step %d", resumed["stage"], resumed["step"])
-            done = self._stage(resumed["stage"]).steps_before + resumed["step"]
+        saved = self.store.newest()
+        if saved is not None:
+            stage, step = saved.state["stage"], saved.state["step"]
+            log.info("resuming stage %s at step %d", stage, step)
+            done = self.stages[saved.state["stage_index"]].steps_before + step
             for logger in loggers:
-                if isinstance(logger, MetricsFile) and global_rank() == 0:
+                if isinstance(logger, MetricsFile) and self.place.rank == 0:
                     logger.forget_after(done)
-        parent = self._trained_parent(loggers, resumed)
-        if resumed is not None and self._stage(resumed["stage"]).config.mode == "pretrain":
-            resumed = None
-        output = self._train_family(parent, loggers, resumed)
+        self._pretrain(loggers)
+        output = self._train_family(loggers)
         for logger in loggers:
             logger.finalize("success")
         log.info("done in %.0f s; elastic checkpoint in %s", time.monotonic() - start, output)
@@ -107,7 +118,7 @@ class Run:
             raise ConfigError(f"run_dir={self.run_dir}: exists and is not a directory")
         if not self.run_dir.exists() or not any(self.run_dir.iterdir()):
             return
-        if global_rank() != 0:
+        if self.place.rank != 0:
             return  # the first rank has looked already, and has begun to write
         if not self.config.resume:
             raise ConfigError(
@@ -134,15 +145,6 @@ class Run:
         parent_config = read_config(source)
         return source, parent_config, read_shape(parent_config)
 
-    def _device(self) -> torch.device:
-        wanted = self.config.trainer.accelerator
-        if wanted == "gpu" and not torch.cuda.is_available():
-            raise ConfigError(
-                "trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here"
-            )
-        on_gpu = wanted != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if on_gpu else "cpu")
-
     def _check_lengths(self) -> None:
         """Every sequence length must fit into the text, the calibration's too."""
         for stage in self.stages:
@@ -151,8 +153,13 @@ class Run:
 
     # Parts
 
-    def _stage(self, name: str) -> Stage:
-        return next(stage for stage in self.stages if stage.name == name)
+    def _original(self) -> Path:
+        """Where the unsorted parent is, or will be once it is pretrained."""
+        return self.source or self.run_dir / "parent"
+
+    def _document_start(self) -> int | None:
+        separate = self.config.data.separate_documents
+        return self.data.tokenizer.eos_token_id if separate else None
 
     def _datamodule(self, stage: Stage, start_micro_step: int) -> TextDataModule:
         return TextDataModule(
@@ -166,8 +173,8 @@ class Run:
             stage_name=stage.name,
             repeats=stage.passes,
             start_micro_step=start_micro_step,
-            rank=global_rank(),
-            world_size=self.config.trainer.world_size,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
         )
 
     def _calibration(self) -> Tensor:
@@ -182,58 +189,72 @@ class Run:
         count = min(max(settings.samples, settings.depth_samples), len(windows))
         return torch.stack([windows[i * len(windows) // count][:-1] for i in range(count)])
 
-    def _new_parent(self) -> HybridParent:
-        generator = torch.Generator().manual_seed(self.config.seed)
+    def _blank_parent(self) -> HybridParent:
         checkpointing = self.config.parent.activation_checkpointing
-        return HybridParent(self.shape, self.kernels, checkpointing).initialise(generator)
+        return HybridParent(self.shape, self.kernels, checkpointing)
 
-    def _load_parent(self, directory: Path) -> HybridParent:
-        return load_parent(directory, self.kernels, self.config.parent.activation_checkpointing)
+    def _first_parent(self) -> HybridParent:
+        """The unsorted parent: given, pretrained, or a random start."""
+        if self._original().is_dir():
+            checkpointing = self.config.parent.activation_checkpointing
+            return load_parent(self._original(), self.kernels, checkpointing)
+        return self._blank_parent().initialise(torch.Generator().manual_seed(self.config.seed))
 
-    def _resume_state(self) -> dict[str, Any] | None:
-        """Where the last checkpoint stands."""
-        if not self.last.is_file():
+    def _stored_teacher(self) -> Teacher | None:
+        """The teacher, where its words are on disk."""
+        config = self.config
+        if config.objective.teacher != "stored":
             return None
-        checkpoint = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)
-        state: dict[str, Any] = checkpoint["elastic"]
-        return state
+        vocabulary = self.shape.vocab_size
+        wanted = contents_of(config, self.stages, self.data, self._original(), vocabulary)
+        return self._build_teacher(None, wanted=wanted)
+
+    def _build_teacher(self, parent: HybridParent | None, **stored: Any) -> Teacher:
+        return build_teacher(
+            self.config.objective,
+            parent,
+            self.config.trainer.precision,
+            self._document_start(),
+            self.place.world_size,
+            self.place.rank,
+            **stored,
+        )
 
     # Stages
 
-    def _trained_parent(self, loggers: list, resumed: dict[str, Any] | None) -> HybridParent:
-        """The parent as given, or after its pretrain stages."""
-        trained = self.run_dir / "parent"
-        pretrain = [stage for stage in self.stages if stage.config.mode == "pretrain"]
-        if trained.is_dir():
-            return self._load_parent(trained)
-        parent = self._new_parent() if self.source is None else self._load_parent(self.source)
-        if not pretrain:
-            return parent
-        self._run_stages(pretrain, parent, None, None, loggers, resumed)
-        if global_rank() == 0:
-            elastic_checkpoint.write_parent(trained, parent, self.data.tokenizer, self.base_config)
-            log.info("parent written to %s", trained)
-        return parent
+    def _pretrain(self, loggers: list) -> None:
+        """Train the parent alone, where there are such stages, and write it."""
+        stages = [stage for stage in self.stages if stage.config.mode == "pretrain"]
+        directory = self.run_dir / "parent"
+        if not stages or directory.is_dir():
+            return
+        self._run_stages(stages, None, None, None, loggers)
+        saved = self.store.latest
+        assert saved is not None
+        if self.place.rank == 0:
+            elastic_checkpoint.write_parent(
+                directory, self.shape, saved.pieces, self.data.tokenizer, self.base_config
+            )
+            log.info("parent written to %s", directory)
+        wait_for_all()
 
-    def _train_family(
-        self, parent: HybridParent, loggers: list, resumed: dict[str, Any] | None
-    ) -> Path:
+    def _train_family(self, loggers: list) -> Path:
         """Rank, sort, and train all budgets together."""
         config = self.config
-        teacher = None
-        if not self.in_place:
-            teacher = copy.deepcopy(parent)  # the original: never sorted, never trained
-            teacher.activation_checkpointing = False
-        device = self._device()
-        ranking = rank(
-            parent.to(device).eval(),
-            self._calibration().to(device),
-            config.importance,
-            self.space,
-            config.seed,
-            self.data.fingerprint,
-            self.run_dir / "importance" / "scores.safetensors",
-        )
+        parent = self._first_parent()
+        teacher = self.teacher or self._stored_teacher()
+        if teacher is None and config.objective.teacher != "in_place":
+            teacher = self._build_teacher(parent)
+        with first_alone(self.place):
+            ranking = rank(
+                (parent.to(self.device) if self.place.rank == 0 else parent).eval(),
+                self._calibration().to(self.device),
+                config.importance,
+                self.space,
+                config.seed,
+                self.data.fingerprint,
+                self.run_dir / "importance" / "scores.safetensors",
+            )
         sort_parent(parent.cpu().train(), ranking.orders)
         log.info("weights sorted; layers by importance, least first: %s", list(ranking.drop_order))
         generator = torch.Generator().manual_seed(config.seed + 1)
@@ -242,76 +263,86 @@ class Run:
             self.space,
             ranking.drop_order,
             self.targets,
-            router,
+            router.to(self.device),
             config.router,
             config.space,
             config.objective,
         )
         stages = [stage for stage in self.stages if stage.config.mode == "elastic"]
-        self._run_stages(stages, parent, family, (teacher, ranking), loggers, resumed)
+        self._run_stages(stages, parent, family, (teacher, ranking), loggers)
         return self.run_dir / "elastic"
 
     def _run_stages(
         self,
         stages: list[Stage],
-        parent: HybridParent,
+        sorted_parent: HybridParent | None,
         family: Family | None,
-        elastic: tuple[HybridParent | None, Ranking] | None,
+        elastic: tuple[Teacher | None, Ranking] | None,
         loggers: list,
-        resumed: dict[str, Any] | None,
     ) -> None:
-        """One fit per stage; weights, optimizer, router and counters carry over."""
-        carried = None
+        """One fit per stage that is not done; each goes on from the newest checkpoint."""
+        names = [stage.name for stage in stages]
+        router_optimizer = None
+        if family is not None:
+            router_optimizer = RouterOptimizer(family.router, self.config.optim)
         for stage in stages:
-            mine = resumed if resumed is not None and resumed["stage"] == stage.name else None
-            if resumed is not None and mine is None:
-                continue  # done before the stage of the checkpoint
+            saved = self.store.latest
+            if saved is not None and saved.state["stage_index"] > stage.index:
+                continue
+            if saved is not None and saved.state["stage"] not in names:
+                saved = None  # the parent's pretraining, which ends with weights alone
+            if saved is not None:
+                parent = self._blank_parent()
+                saved.pieces.load_weights(parent)
+            else:
+                parent = sorted_parent or self._first_parent()
             probabilities = budget_probabilities(stage.config, list(self.targets))
-            if family is None:
-                probabilities = {PARENT: 1.0}
             module = ElasticModule(
                 parent,
                 family,
                 elastic[0] if elastic else None,
+                router_optimizer,
                 stage,
-                probabilities,
+                {PARENT: 1.0} if family is None else probabilities,
                 self.config.objective,
                 self.config.optim,
                 self.config.seed,
-                carried,
-                self.data.tokenizer.eos_token_id if self.config.data.separate_documents else None,
+                self.config.trainer.max_bad_steps,
+                self._document_start(),
             )
-            self._fit(module, loggers, mine)
-            resumed = None
-            carried = torch.load(self.last, map_location="cpu", weights_only=True, mmap=True)
-            carried = carried["optimizer_states"][0]
+            if saved is not None:
+                module.load_state(saved.state, saved.shared)
+            if module.step < stage.steps:
+                self._fit(module, loggers, saved)
             if family is not None and elastic is not None:
-                end = stage.progress(stage.steps)
-                family.freeze_if_due(end)
-                self._write_elastic(stage, parent, family, elastic[1], end)
+                self._write_elastic(stage, family, elastic[1])
 
-    def _fit(self, module: ElasticModule, loggers: list, resumed: dict[str, Any] | None) -> None:
-        """One stage, from its start or from the last checkpoint."""
+    def _fit(self, module: ElasticModule, loggers: list, saved: Saved | None) -> None:
+        """One stage, from where the module stands."""
         stage, settings = module.stage, self.config.trainer
-        data = self._datamodule(stage, resumed["micro_step"] if resumed else 0)
-        strategy = {"single": "auto", "ddp": "ddp_find_unused_parameters_true"}
+        data = self._datamodule(stage, module.micro_step)
+        callbacks: list[L.Callback] = [
+            Metrics(settings.log_every),
+            Progress(),
+            BudgetValidation(data.val_dataloader(), settings.validate_every),
+            Checkpoints(self.store, settings.checkpoint_every),
+        ]
+        if saved is not None:
+            callbacks.append(Restore(saved, self.place))
+        strategy = build_strategy(settings, self.config.optim, self.place, self.device)
         trainer = L.Trainer(
-            accelerator=settings.accelerator,
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=settings.devices,
             num_nodes=settings.num_nodes,
-            strategy=strategy[settings.strategy],
-            precision=settings.precision,  # type: ignore[arg-type]
-            max_steps=stage.steps,
+            strategy=strategy,
+            # DeepSpeed's strategy brings its own.
+            precision=None if settings.zero_stage else settings.precision,  # type: ignore[arg-type]
+            max_steps=stage.steps - module.step,
             max_epochs=-1,
             accumulate_grad_batches=stage.accumulation,
             limit_val_batches=0,
             logger=loggers,
-            callbacks=[
-                Metrics(settings.log_every),
-                Progress(),
-                BudgetValidation(data.val_dataloader(), settings.validate_every),
-                Checkpoints(self.last, settings.checkpoint_every),
-            ],
+            callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -326,43 +357,49 @@ class Run:
             stage.config.batch_tokens,
             stage.config.sequence_length,
         )
-        path = str(self.last) if resumed else None
         try:
-            trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=path)
+            trainer.fit(module, train_dataloaders=data.train_dataloader())
         except SystemExit:  # what Lightning makes of Ctrl-C
-            log.info("interrupted; the same command goes on from %s", self.last)
+            log.info("interrupted; the same command goes on from %s", self.store.root)
             raise
 
     # Output
 
-    def _write_elastic(
-        self,
-        stage: Stage,
-        parent: HybridParent,
-        family: Family,
-        ranking: Ranking,
-        progress: float,
-    ) -> None:
-        if global_rank() != 0:
-            return
-        choices = family.choices(progress)
+    def _write_elastic(self, stage: Stage, family: Family, ranking: Ranking) -> None:
+        """Write the elastic checkpoint from the resume checkpoint at a stage's end."""
+        saved = self.store.latest
+        assert saved is not None and saved.state["step"] == stage.steps
+        choices = family.choices(stage.progress(stage.steps))
         seen = {s.name: s.tokens for s in self.stages if s.index <= stage.index}
-        elastic_checkpoint.write_elastic(
-            self.run_dir / "elastic",
-            self.config,
-            parent,
-            self.data.tokenizer,
-            self.base_config,
-            family,
-            choices,
-            ranking,
-            seen,
-        )
-        log.info("elastic checkpoint after stage %s:\n%s", stage.name, describe(choices))
+        directory = self.run_dir / "elastic"
+        if self.place.rank == 0 and not elastic_checkpoint.is_of(directory, seen):
+            elastic_checkpoint.write_elastic(
+                directory,
+                self.config,
+                self.shape,
+                saved.pieces,
+                self.data.tokenizer,
+                self.base_config,
+                family,
+                choices,
+                ranking,
+                seen,
+            )
+            log.info("elastic checkpoint after stage %s:\n%s", stage.name, describe(choices))
+        wait_for_all()
 
-    def _write_config(self) -> None:
-        with atomic_file(self.run_dir / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+
+def find_device(config: RunConfig) -> torch.device:
+    """Where a run computes.
+
+    Raises:
+        ConfigError: on a GPU that is not there.
+    """
+    wanted = config.trainer.accelerator
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
+    on_gpu = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ RULES: list[tuple[str, Any, str]] = [
         for name in "distillation cross_entropy budget identity".split()
     ),
     ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
-    ("objective.teacher", "parent", "one of replicated, in_place"),
+    ("objective.teacher", "parent", "one of replicated, zero3, cpu_offload, stored, in_place"),
     ("objective.divergence", "kl", "one of forward_kl, reverse_kl, jsd"),
     ("objective.top_k", 0, "positive, or null"),
     ("objective.temperature", 0.0, POSITIVE),
@@ -110,7 +110,7 @@ RULES: list[tuple[str, Any, str]] = [
     ("optim.gradient_clip", 0.0, POSITIVE),
     # trainer
     ("trainer.accelerator", "tpu", "one of auto, cpu, gpu"),
-    ("trainer.strategy", "fsdp", "one of single, ddp"),
+    ("trainer.strategy", "fsdp", "one of single, ddp, zero1"),
     ("trainer.precision", "16-mixed", "one of 32-true, bf16-mixed, bf16-true"),
     *(
         (f"trainer.{name}", 0, POSITIVE)
@@ -210,7 +210,15 @@ def test_a_parent_that_is_built_has_no_tokenizer() -> None:
 
 def test_one_process_is_not_many() -> None:
     line = refusal(changed("trainer.devices", 3))
-    assert line == "trainer.strategy=single: must be ddp when there are 3 processes"
+    assert line.endswith("single: must be ddp, zero1, zero2 or zero3 when there are 3 processes")
+
+
+def test_zero3_without_recomputation_is_refused() -> None:
+    """It would hold every weight at once, which is what it is there to avoid."""
+    settings = changed("trainer", {"strategy": "zero3", "devices": 2})
+    assert refusal(settings).startswith("parent.activation_checkpointing=False: must be true with")
+    settings["parent"]["activation_checkpointing"] = True
+    parse(settings, RunConfig)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +245,14 @@ def test_one_process_is_not_many() -> None:
             "processes; the nearest is 48",
         ),
         (
-            {"strategy": "ddp", "devices": 8},
-            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
-            "process, 8",
+            {"strategy": "ddp", "devices": 3},
+            f"{WARM}.batch_tokens=64: must be a multiple of 48 = 1 sequence x 3 processes; the "
+            "nearest is 48",
         ),
         (
             {"strategy": "ddp", "devices": 100},
-            f"{WARM}.sequence_length=16: must be a divisor of the tokens per forward pass and "
-            "process, 0",
+            f"{WARM}.batch_tokens=64: must be a multiple of 1600 = 1 sequence x 100 processes; "
+            "the nearest is 1600",
         ),
     ],
     ids=["not_a_multiple", "less_than_one", "batch", "batch_over_processes", "share", "none_left"],

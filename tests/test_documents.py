@@ -5,6 +5,7 @@ what training and validation make of a window of text with what its documents co
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ from elastic.masks import hard_keep
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import Conv1d
+from elastic.teacher import LiveTeacher
 from elastic.trainer import Run
 from tests.runs import small_settings
 
@@ -199,11 +201,12 @@ def module_of(mode: str, start: int | None) -> ElasticModule:
     """A stage on random parents; a frozen teacher where the mode has one."""
     settings = StageConfig(mode=mode, tokens=20, sequence_length=10, batch_tokens=20, model_lr=1e-3)
     (stage,) = plan({"only": settings}, TrainerConfig(), ["full"])
-    parent, teacher, family = random_parent(tiny_shape()), None, None
+    parent, teacher, family, optimizer = random_parent(tiny_shape()), None, None, None
     if mode == "elastic":
-        teacher, family = random_parent(tiny_shape(), seed=1), SimpleNamespace(router=None)
+        teacher = LiveTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
+        family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
     objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
-    return ElasticModule(parent, family, teacher, stage, {}, objective, optim, 0, None, start)
+    return ElasticModule(parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start)
 
 
 def loss_by_documents(parent: HybridParent) -> Tensor:
@@ -230,15 +233,20 @@ def test_a_step_learns_from_every_token_as_its_documents_alone_would() -> None:
 
 def test_validation_measures_what_training_learns() -> None:
     module = module_of("pretrain", END)
-    losses, _ = BudgetValidation([WINDOW], 1)._measure(module, {PARENT: None})
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(model=module),
+        precision_plugin=SimpleNamespace(val_step_context=nullcontext),
+    )
+    losses, _ = BudgetValidation([WINDOW], 1)._measure(trainer, module, {PARENT: None})
     assert losses[PARENT] == pytest.approx(loss_by_documents(module.parent).item(), rel=1e-5)
 
 
 def test_the_teacher_separates_documents_as_its_student_does() -> None:
     module = module_of("elastic", END)
     documents = (WINDOW[:, :-1] == END).cumsum(-1)
-    hidden, head = module.teach(WINDOW)
-    expected = separately(module.teacher, WINDOW[:, :-1], None, documents)
+    assert isinstance(module.teacher, LiveTeacher)
+    hidden, head = module.teacher.teach(WINDOW, "train", 0)
+    expected = separately(module.teacher.model, WINDOW[:, :-1], None, documents)
     assert_near((hidden @ head.T).view_as(expected), expected)
 
 
@@ -256,6 +264,7 @@ def test_the_setting_decides(
     monkeypatch.setattr(elastic.trainer, "ElasticModule", stop)
     setting = f"data.separate_documents={separate}".lower()
     run = Run(small_settings(tmp_path / "run", setting, steps=(1, 1, 1)))
+    run.begin()
     with pytest.raises(KeyboardInterrupt):
         run.execute()
     assert given == [run.data.tokenizer.eos_token_id if separate else None]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import elastic.trainer
 from elastic.architecture import Architecture
-from elastic.config import ConfigError, EvaluateConfig
+from elastic.config import ConfigError, EvaluateConfig, RunConfig
 from elastic.cost import parameters
 from elastic.evaluate.family import evaluate
+from elastic.launch import launch
 from elastic.manifest import Manifest
 from elastic.module import ElasticModule
 from elastic.parent.weights import load_parent
@@ -29,7 +30,7 @@ BUDGETS = ("full", "medium", "small")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run long enough to learn."""
     run_dir = tmp_path_factory.mktemp("runs") / "golden"
-    Run(small_settings(run_dir, steps=(400, 240, 40))).execute()
+    launch(small_settings(run_dir, steps=(400, 240, 40)))
     return run_dir
 
 
@@ -101,8 +102,7 @@ def test_teacher_is_untouched_by_training(golden: Path) -> None:
     sums = {name: float(weight.double().abs().sum()) for name, weight in trained.items()}
     moved = [n for n, w in elastic_weights.items() if float(w.double().abs().sum()) != sums[n]]
     assert len(moved) > len(sums) // 2
-    again = Run(small_settings(golden, steps=(400, 240, 40)))
-    again.execute()  # everything is done: nothing may change
+    launch(small_settings(golden, steps=(400, 240, 40)))  # everything is done: nothing may change
     for name, weight in load_file(golden / "parent" / "model.safetensors").items():
         assert torch.equal(weight, trained[name])
     for name, weight in load_file(golden / "elastic" / "model.safetensors").items():
@@ -146,17 +146,15 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     return weights | load_file(run_dir / "elastic" / "router.safetensors")
 
 
-def brief(run_dir: Path, *overrides: str) -> Run:
-    return Run(
-        small_settings(
-            run_dir,
-            "trainer.checkpoint_every=3",
-            "trainer.validate_every=4",
-            "trainer.micro_batch_tokens=256",
-            "router.freeze_at=0.5",
-            *overrides,
-            steps=(5, 8, 4),
-        )
+def brief(run_dir: Path, *overrides: str) -> RunConfig:
+    return small_settings(
+        run_dir,
+        "trainer.checkpoint_every=3",
+        "trainer.validate_every=4",
+        "trainer.micro_batch_tokens=256",
+        "router.freeze_at=0.5",
+        *overrides,
+        steps=(5, 8, 4),
     )
 
 
@@ -167,7 +165,7 @@ def stop_at(stops: list[int], run_dir: Path, monkeypatch: pytest.MonkeyPatch, *o
         with monkeypatch.context() as patch:
             patch.setattr(elastic.trainer, "Progress", lambda one=stopper: one)
             with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
-                brief(run_dir, *over).execute()
+                launch(brief(run_dir, *over))
 
 
 def assert_same(resumed: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> None:
@@ -180,7 +178,7 @@ def assert_same(resumed: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    brief(run_dir).execute()
+    launch(brief(run_dir))
     return weights_of(run_dir)
 
 
@@ -198,7 +196,7 @@ def test_resuming_equals_never_stopping(
     """Bit for bit, wherever the run was stopped, in every phase; micro-steps are two per step."""
     run_dir = tmp_path / "run"
     stop_at(stops, run_dir, monkeypatch)
-    brief(run_dir).execute()
+    launch(brief(run_dir))
     assert_same(weights_of(run_dir), uninterrupted)
     with (run_dir / "metrics.csv").open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
@@ -236,7 +234,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elastic.trainer, "Progress", Ends)
-        brief(run_dir, *run.overrides).execute()
+        launch(brief(run_dir, *run.overrides))
     return run
 
 
@@ -258,7 +256,7 @@ def test_resuming_equals_never_stopping_with_several_budgets_per_batch(
 ) -> None:
     """Stopped within a step and a micro-batch, soft and then sliced."""
     stop_at([10 + 22, 28], tmp_path / "run", monkeypatch, *shared.overrides)
-    brief(tmp_path / "run", *shared.overrides).execute()
+    launch(brief(tmp_path / "run", *shared.overrides))
     assert_same(weights_of(tmp_path / "run"), weights_of(shared.run_dir))
 
 
@@ -289,7 +287,7 @@ def test_a_teacher_in_place_needs_the_whole_parent_among_the_budgets(tmp_path: P
 def test_a_changed_setting_is_refused_when_resuming(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    Run(small_settings(run_dir, steps=(2, 2, 2)))._write_config()
+    Run(small_settings(run_dir, steps=(2, 2, 2))).begin()
     with pytest.raises(ConfigError, match=r"seed=1: run_dir=.* was started with 0"):
         Run(small_settings(run_dir, "seed=1", steps=(2, 2, 2)))
     Run(small_settings(run_dir, "trainer.log_every=3", steps=(2, 2, 2)))
@@ -344,7 +342,7 @@ def test_every_experiment_parses_and_takes_a_step(experiment: str, tmp_path: Pat
         "data.validation_every=3",
         experiment=experiment,
     )
-    output = Run(config).execute()
+    output = launch(config)
     assert set(Manifest.read(output).budgets) == set(config.budgets)
 
 

@@ -1,7 +1,6 @@
 """bench run: the whole elastic training step under Lightning, teacher included: soft and frozen,
 and with several budgets on one batch."""
 
-import copy
 import dataclasses
 import logging
 import statistics
@@ -33,8 +32,9 @@ from elastic.data import TextDataModule
 from elastic.family import Family
 from elastic.module import ElasticModule
 from elastic.parent import HybridParent
-from elastic.router import Router
+from elastic.router import Router, RouterOptimizer
 from elastic.search import Choice
+from elastic.teacher import LiveTeacher
 
 SEQUENCES = 64
 """Sequences in the random text."""
@@ -139,7 +139,7 @@ class _Bench:
         self.space = Space.build(config.space, self.shape)
         self.targets = {name: choice.params for name, choice in choices.items()}
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
-        self.teacher = copy.deepcopy(self.parent)
+        self.teacher = LiveTeacher(self.parent, config.precision, None)
         self.families = {frozen: self._family() for frozen in (False, True)}
         self.families[True].freeze(choices)
         text = random_tokens(self.shape.vocab_size, SEQUENCES, config.sequence_length, config.seed)
@@ -155,7 +155,7 @@ class _Bench:
             self.space,
             drop_order(self.space),
             self.targets,
-            router,
+            router.to(self.device),
             router_config,
             config.space,
             config.objective,
@@ -177,7 +177,7 @@ class _Bench:
     def fit(self, variant: Variant) -> float:
         """Median seconds of an optimizer step."""
         config, stage = self.config, self.stage(variant)
-        objective, teacher = config.objective, self.teacher
+        objective = config.objective
         if variant.teacher == "in_place":
             weight = (
                 objective.cross_entropy_weight or 1.0
@@ -193,7 +193,8 @@ class _Bench:
         module = ElasticModule(
             self.parent,
             self.families[variant.frozen],
-            None if variant.teacher == "in_place" else teacher,
+            None if variant.teacher == "in_place" else self.teacher,
+            RouterOptimizer(self.families[variant.frozen].router, OptimConfig()),
             stage,
             probabilities,
             objective,

@@ -1,15 +1,12 @@
 """What is measured: a random parent with members of given sizes, and one training step of it."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic.architecture import Space, droppable_layers
@@ -31,6 +28,7 @@ from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.weights import stock_config
 from elastic.search import Choice, Search, targets_of
+from elastic.teacher import LiveTeacher
 
 WIDTHS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
 
@@ -138,23 +136,23 @@ class TrainingStep:
         self.device = next(parent.parameters()).device
         self.batch = batch.to(self.device)
         self.precision = precision
+        self.teacher = LiveTeacher(parent, precision, None) if distils else None
+        if self.teacher is not None:
+            self.teacher.start(self.device, "bench")
         parent.to(_stored(precision))
-        self.teacher = copy.deepcopy(parent).requires_grad_(False).eval() if distils else None
         objective = ObjectiveConfig(chunk_tokens=chunk_tokens)
         self.module = ElasticModule(
-            parent, None, None, planned, {PARENT: 1.0}, objective, OptimConfig(), seed=0
+            parent, None, None, None, planned, {PARENT: 1.0}, objective, OptimConfig(), seed=0
         )
-        optimizer: Any = self.module.configure_optimizers()["optimizer"]
-        self.optimizer: Optimizer = optimizer
+        self.optimizer = self.module.configure_optimizers()
 
     def __call__(self, member: Member = None) -> None:
         """One optimizer step."""
         module, batch, teacher = self.module, self.batch, None
         with autocast(self.device, self.precision):
-            student = module.head(module.parent, batch, member)
+            student = module.head(batch, member)
             if self.teacher is not None:
-                with torch.no_grad():
-                    teacher = module.head(self.teacher, batch, None)
+                teacher = self.teacher.teach(batch, "train", 0)
             targets = batch[:, 1:].flatten()
             loss = token_terms(student, teacher, targets, module.objective)["total"]
         module.optimizer_zero_grad(0, 0, self.optimizer)

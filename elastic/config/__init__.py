@@ -16,7 +16,13 @@ from elastic.config.bench import (
     StepBenchConfig,
 )
 from elastic.config.checks import ConfigError, explain, parse
-from elastic.config.commands import EvaluateConfig, ExtractConfig, RunConfig
+from elastic.config.commands import (
+    EvaluateConfig,
+    ExtractConfig,
+    RunConfig,
+    StoreConfig,
+    TeachConfig,
+)
 from elastic.config.model import (
     AXES,
     KINDS,
@@ -66,6 +72,8 @@ __all__ = [
     "SpaceConfig",
     "StageConfig",
     "StepBenchConfig",
+    "StoreConfig",
+    "TeachConfig",
     "TrainerConfig",
     "explain",
     "parse",

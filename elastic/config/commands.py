@@ -65,22 +65,29 @@ class RunConfig:
                 *passes,
                 "all or sandwich with objective.teacher=in_place: the full budget teaches the rest",
             )
-            micro = self.trainer.micro_batch_tokens or stage.batch_tokens // self.trainer.world_size
-            unit = micro * self.trainer.world_size
+            micro, processes = self.trainer.micro_batch_tokens, self.trainer.world_size
+            each = f"{micro} tokens per forward pass" if micro else "1 sequence"
             require(
-                micro > 0 and micro % stage.sequence_length == 0,
+                micro is None or micro % stage.sequence_length == 0,
                 f"{where}.sequence_length",
                 stage.sequence_length,
                 f"a divisor of the tokens per forward pass and process, {micro}",
             )
+            unit = (micro or stage.sequence_length) * processes
             require(
                 stage.batch_tokens % unit == 0,
                 f"{where}.batch_tokens",
                 stage.batch_tokens,
-                f"a multiple of {unit} = {micro} tokens per forward pass x "
-                f"{self.trainer.world_size} processes; the nearest is "
+                f"a multiple of {unit} = {each} x {processes} processes; the nearest is "
                 f"{max(1, round(stage.batch_tokens / unit)) * unit}",
             )
+        require(
+            self.trainer.strategy != "zero3" or self.parent.activation_checkpointing,
+            "parent.activation_checkpointing",
+            self.parent.activation_checkpointing,
+            "true with trainer.strategy=zero3: gathered weights would otherwise stay until the "
+            "backward pass; zero2 needs none",
+        )
         if self.data.tokenizer == "parent" and self.parent.path is None:
             raise ConfigError(
                 "data.tokenizer=parent: a parent built from parent.shape has none; "
@@ -92,6 +99,49 @@ class RunConfig:
                 "curriculum.stages: a parent built from parent.shape is random; "
                 "must start with a pretrain stage, or set parent.path"
             )
+
+
+@dataclass(kw_only=True)
+class StoreConfig:
+    """How `python -m elastic.teach` writes its store."""
+
+    shard_sequences: int = 64
+    """Sequences per file; a worker holds one file's in memory, and loses no more when killed."""
+    log_probs: str = "float16"
+    """Type of the stored log-probabilities; or float32."""
+    batch_tokens: int = 8192
+    """Tokens per forward pass of the teacher, rounded down to whole sequences; at least one."""
+    worker: int = 0
+    """Number of this process among `workers`; each writes files of its own."""
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("shard_sequences", "batch_tokens", "workers"):
+            require(getattr(self, name) > 0, f"teach.{name}", getattr(self, name), "positive")
+        one_of("teach.log_probs", self.log_probs, ("float16", "float32"))
+        require(
+            0 <= self.worker < self.workers,
+            "teach.worker",
+            self.worker,
+            f"at least 0 and below teach.workers={self.workers}",
+        )
+
+
+@dataclass(kw_only=True)
+class TeachConfig(RunConfig):
+    """Everything `python -m elastic.teach` reads: the run that the store is for, so that the order
+    of its text is that run's, and how to write."""
+
+    teach: StoreConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.objective.teacher == "stored",
+            "objective.teacher",
+            self.objective.teacher,
+            "stored: the store is for such a run",
+        )
 
 
 @dataclass(kw_only=True)

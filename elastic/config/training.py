@@ -1,8 +1,15 @@
 """Settings of training: objective, stages, data, optimizer, machines."""
 
+import re
 from dataclasses import dataclass
 
 from elastic.config.checks import one_of, require
+
+TEACHERS = ("replicated", "zero3", "cpu_offload", "stored", "in_place")
+"""Where the frozen parent is, or what stands in for it."""
+
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+"""How processes share the work; zero1 to zero3 are DeepSpeed's (arXiv 1910.02054)."""
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 """Ways to measure how far a student's next-token distribution is from the teacher's."""
@@ -15,8 +22,12 @@ class ObjectiveConfig:
     distillation_weight: float = 1.0
     """Divergence from the teacher."""
     teacher: str = "replicated"
-    """`replicated` is the frozen, unsorted parent; `in_place` the full budget's pass over the same
-    batch, which itself learns by cross-entropy alone."""
+    """The frozen, unsorted parent: `replicated` on every device, `zero3` partitioned over the
+    processes, `cpu_offload` in host memory and streamed block by block, or `stored`, read from what
+    `python -m elastic.teach` wrote. `in_place` is the full budget's pass over the same batch, which
+    itself learns by cross-entropy alone."""
+    store: str | None = None
+    """Directory of a stored teacher."""
     divergence: str = "forward_kl"
     """`forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the
     Jensen-Shannon divergence, both models weighing half."""
@@ -50,12 +61,24 @@ class ObjectiveConfig:
             self.distillation_weight,
             "positive, or objective.cross_entropy_weight must be",
         )
-        one_of("objective.teacher", self.teacher, ("replicated", "in_place"))
+        one_of("objective.teacher", self.teacher, TEACHERS)
         require(
-            self.teacher == "replicated" or self.cross_entropy_weight > 0,
+            self.teacher != "in_place" or self.cross_entropy_weight > 0,
             "objective.cross_entropy_weight",
             self.cross_entropy_weight,
             "positive with objective.teacher=in_place: the full budget has nothing else to learn",
+        )
+        require(
+            self.teacher != "stored" or self.store is not None,
+            "objective.store",
+            self.store,
+            "the directory that python -m elastic.teach wrote, with objective.teacher=stored",
+        )
+        require(
+            self.teacher != "stored" or self.top_k is not None,
+            "objective.top_k",
+            self.top_k,
+            "the store's number of tokens with objective.teacher=stored",
         )
         one_of("objective.divergence", self.divergence, DIVERGENCES)
         if self.top_k is not None:
@@ -135,6 +158,12 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         for name, stage in self.stages.items():
+            require(
+                re.fullmatch(r"\w[\w.-]*", name) is not None,
+                "curriculum.stages",
+                name,
+                "named by letters, digits, _, - and . (checkpoints are named after stages)",
+            )
             stage.check(f"curriculum.stages.{name}")
         modes = [stage.mode for stage in self.stages.values()]
         require(
@@ -232,9 +261,12 @@ class TrainerConfig:
     """Processes per node."""
     num_nodes: int = 1
     strategy: str = "single"
-    """`single` process, or `ddp`."""
+    """`single` process; `ddp`; or DeepSpeed, which partitions over the processes: `zero1` the
+    optimizer's state, `zero2` the gradients too, `zero3` the weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory and step there; zero1 to zero3 only."""
     precision: str = "32-true"
-    """32-true, bf16-mixed or bf16-true."""
+    """32-true, bf16-mixed or bf16-true; zero1 to zero3 keep float32 masters in either bf16."""
     micro_batch_tokens: int | None = None
     """Tokens per forward pass and process; null is the whole batch. Budgets are drawn for each of
     these micro-batches."""
@@ -242,15 +274,30 @@ class TrainerConfig:
     """Optimizer steps between validations of every budget."""
     checkpoint_every: int = 200
     """Optimizer steps between resume checkpoints."""
+    keep_checkpoints: int = 2
+    """Resume checkpoints kept, beside one at the end of every stage."""
+    max_bad_steps: int = 10
+    """Steps in a row that may be skipped because loss or gradient is not finite."""
+    patience: int = 30
+    """Seconds without a sign of life after which a process counts as dead."""
     log_every: int = 10
     """Optimizer steps between logged rows."""
 
     def __post_init__(self) -> None:
         one_of("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        one_of("trainer.strategy", self.strategy, ("single", "ddp"))
+        one_of("trainer.strategy", self.strategy, STRATEGIES)
         one_of("trainer.precision", self.precision, ("32-true", "bf16-mixed", "bf16-true"))
-        for name in ("devices", "num_nodes", "validate_every", "checkpoint_every", "log_every"):
+        for name in (
+            "devices num_nodes validate_every checkpoint_every keep_checkpoints max_bad_steps "
+            "patience log_every"
+        ).split():
             require(getattr(self, name) > 0, f"trainer.{name}", getattr(self, name), "positive")
+        require(
+            self.zero_stage > 0 or not self.offload_optimizer,
+            "trainer.offload_optimizer",
+            self.offload_optimizer,
+            f"false with trainer.strategy={self.strategy}; zero1, zero2 and zero3 can",
+        )
         if self.micro_batch_tokens is not None:
             require(
                 self.micro_batch_tokens > 0,
@@ -263,12 +310,17 @@ class TrainerConfig:
                 self.world_size == 1,
                 "trainer.strategy",
                 "single",
-                f"ddp when there are {self.world_size} processes",
+                f"ddp, zero1, zero2 or zero3 when there are {self.world_size} processes",
             )
 
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def zero_stage(self) -> int:
+        """1 to 3 with DeepSpeed, else 0."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ Token losses are means over the counted tokens, in nats. A [tokens, vocabulary] 
 whole.
 """
 
-from elastic.losses.chunked import Head, top_k_of
+from elastic.losses.chunked import Head, top_k_and_text, top_k_of
 from elastic.losses.divergences import TopK, distillation_dense, ghost_dense
 from elastic.losses.terms import (
     budget_distance,
@@ -24,5 +24,6 @@ __all__ = [
     "identity_distance",
     "router_terms",
     "token_terms",
+    "top_k_and_text",
     "top_k_of",
 ]

@@ -42,17 +42,32 @@ def top_k_of(head: Head, k: int, temperature: float, chunk: int) -> TopK:
     Raises:
         ConfigError: k is more than the vocabulary.
     """
+    targets = torch.zeros(len(head[0]), dtype=torch.int64, device=head[0].device)
+    return top_k_and_text(head, targets, k, temperature, chunk)[0]
+
+
+def top_k_and_text(
+    head: Head, targets: Tensor, k: int, temperature: float, chunk: int
+) -> tuple[TopK, Tensor]:
+    """`top_k_of`, and the log-probability (tokens,) of `targets`, at temperature 1."""
     tokens, (vocabulary, _) = len(head[0]), head[1].shape
     require_top_k(k, vocabulary)
     buffers = _Buffers(min(chunk, tokens), head)
     reader = _Reader(head, buffers)
+    text = head[0].new_empty(tokens, dtype=buffers.dtype)
+    parts = []
     with torch.no_grad(), torch.autocast(head[0].device.type, enabled=False):
-        parts = [_top_k(reader, rows, k, temperature, buffers) for rows in _rows(tokens, chunk)]
+        for rows in _rows(tokens, chunk):
+            logits, wanted = reader.logits(rows), targets[rows, None]
+            normaliser = _softmax(logits, buffers.get("student", rows))
+            text[rows] = (logits.gather(-1, wanted) - normaliser)[:, 0]
+            parts.append(_cut(logits, rows, k, temperature, buffers))
     shape = head[0].new_empty((0, k))
-    return TopK(
+    kept = TopK(
         torch.cat([shape.long(), *(part.indices for part in parts)]),
         torch.cat([shape.to(buffers.dtype), *(part.log_probs for part in parts)]),
     )
+    return kept, text
 
 
 def require_top_k(k: int, vocabulary: int) -> None:
@@ -305,7 +320,11 @@ def _constant(indices: Tensor, value: float, like: Tensor) -> Tensor:
 
 def _top_k(reader: _Reader, rows: slice, k: int, temperature: float, buffers: _Buffers) -> TopK:
     """What a teacher says about some tokens, cut to k."""
-    logits = reader.logits(rows)
+    return _cut(reader.logits(rows), rows, k, temperature, buffers)
+
+
+def _cut(logits: Tensor, rows: slice, k: int, temperature: float, buffers: _Buffers) -> TopK:
+    """The k most probable tokens at a temperature; overwrites the logits."""
     if temperature != 1:
         logits.div_(temperature)
     log_p = torch.log_softmax(logits, dim=-1, out=buffers.get("student", rows))

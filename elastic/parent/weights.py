@@ -268,20 +268,31 @@ def write_shards(directory: Path, tensors: Iterable[Pending], max_shard_bytes: i
     write_json(directory / _INDEX, index)
 
 
+def save_weights(
+    directory: Path,
+    shape: ParentShape,
+    tensors: list[Pending],
+    base_config: dict[str, Any] | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+) -> None:
+    """Write config.json and weights in stock Nemotron-H format into an existing directory, holding
+    one shard in memory at a time."""
+    write_shards(directory, tensors, max_shard_bytes)
+    dtype = str(tensors[0].read().dtype).removeprefix("torch.")
+    write_json(directory / "config.json", stock_config(shape, base_config) | {"torch_dtype": dtype})
+
+
 def save_parent(
     parent: HybridParent,
     directory: Path,
     base_config: dict[str, Any] | None = None,
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
-    """Write config.json and the weights in stock Nemotron-H format into an existing directory."""
+    """`save_weights` of a parent in memory."""
 
     def pending(name: str, weight: Tensor) -> Pending:
         size = weight.numel() * weight.element_size()
         return Pending(name, size, lambda: weight.detach().cpu().contiguous().clone())
 
     tensors = [pending(name, weight) for name, weight in parent.state_dict().items()]
-    write_shards(directory, tensors, max_shard_bytes)
-    dtype = str(tensors[0].read().dtype).removeprefix("torch.")
-    config = stock_config(parent.shape, base_config) | {"torch_dtype": dtype}
-    write_json(directory / "config.json", config)
+    save_weights(directory, parent.shape, tensors, base_config, max_shard_bytes)

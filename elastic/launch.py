@@ -1,0 +1,120 @@
+"""Config -> the processes of a run. `python -m elastic.launch` is one of them."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from elastic.cluster.place import find_place, first_alone, joined, launched
+from elastic.config import ConfigError, RunConfig, parse
+from elastic.trainer import Run, find_device
+
+log = logging.getLogger(__name__)
+
+
+def launch(config: RunConfig) -> Path:
+    """Run with as many processes as the settings ask for; returns the elastic checkpoint.
+
+    srun and torchrun have started them already; on a single machine they are started here.
+    """
+    trainer = config.trainer
+    if trainer.world_size == 1 or launched():
+        return _run(config)
+    if trainer.num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={trainer.num_nodes}: nobody has started processes on the other "
+            "nodes; use sbatch slurm/train.sbatch or torchrun, or set trainer.num_nodes=1"
+        )
+    with _others(config):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> Path:
+    """This process' part."""
+    place = find_place(config.trainer)
+    with joined(place, find_device(config)):
+        with first_alone(place):
+            run = Run(config, place)
+            run.begin()
+        return run.execute()
+
+
+@contextmanager
+def _others(config: RunConfig) -> Iterator[None]:
+    """The other processes of this machine, for as long as this one runs; rank 0 is this one."""
+    world_size = config.trainer.devices
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    settings = json.dumps(asdict(config))
+    children = []
+    for rank in range(1, world_size):
+        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "elastic.launch"],
+            env={**os.environ, **shared, **numbers},
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdin is not None
+        child.stdin.write(settings)
+        child.stdin.close()
+        children.append(child)
+    os.environ |= {**shared, "RANK": "0", "LOCAL_RANK": "0"}
+    ended = threading.Event()
+    threading.Thread(target=_watch, args=(children, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        deadline = time.monotonic() + GRACE
+        for child in children:
+            try:
+                child.wait(max(deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+GRACE = 20.0
+"""Seconds that the processes of a machine have to leave one after another."""
+
+
+def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
+    """Take this process down when another one of the machine has died."""
+    while not ended.wait(0.5):
+        for rank, child in enumerate(children, start=1):
+            code = child.poll()
+            if not code:
+                continue
+            if ended.wait(GRACE if code > 0 else 1.0):
+                return  # it was the first to leave, and we are leaving too
+            how = f"exit code {code}" if code > 0 else f"signal {-code}"
+            print(
+                f"error: process {rank} of {len(children) + 1} died ({how}); stopping the others. "
+                "The same command goes on from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            for other in children:
+                other.kill()
+            os._exit(1)
+
+
+def main() -> None:
+    """One of the processes that `launch` starts; its settings come on standard input."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    config = parse(json.load(sys.stdin), RunConfig)
+    _run(config)
+
+
+if __name__ == "__main__":
+    main()

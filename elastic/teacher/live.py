@@ -1,0 +1,68 @@
+"""A teacher that computes: the frozen parent, whole on every device."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic.losses import Head
+from elastic.parent import HybridParent
+from elastic.teacher.base import Teacher, documents_in
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """Type of a teacher's matrices under `trainer.precision`."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+
+
+class LiveTeacher(Teacher):
+    """The parent as it is now, copied; what becomes of the original does not matter.
+
+    In bfloat16 it is what a float32 copy is under autocast, at half the bytes: the matrices, which
+    autocast would round for every product, are rounded once. Vectors and convolutions, A_log,
+    dt_bias and D among them, stay in float32, and so does the residual stream: they are small, and
+    the scan feeds them to an exponential. Only the embedding is rounded where autocast would not.
+    The precision around a call does not matter.
+
+    Args:
+        parent: unsorted, in float32, on the host.
+        precision: as trainer.precision.
+        document_start: the token that begins a document which sees nothing of those before it.
+    """
+
+    def __init__(self, parent: HybridParent, precision: str, document_start: int | None) -> None:
+        self.dtype, self.document_start = weight_dtype(precision), document_start
+        self.model = _frozen_copy(parent, self.dtype)
+        if self.dtype != torch.float32:
+            self.model.backbone.layers[0].register_forward_pre_hook(_widen)
+
+    def start(self, device: torch.device, stage: str) -> None:
+        self.model.to(device)
+
+    @torch.no_grad()
+    def teach(self, batch: Tensor, split: str, first: int) -> Head:
+        """Hidden states (b * t, d) and the head (v, d), both in the matrices' type."""
+        tokens = batch[:, :-1]
+        documents = documents_in(tokens, self.document_start)
+        narrow = self.dtype != torch.float32
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=narrow):
+            hidden = self.model(tokens, None, documents)
+        return hidden.flatten(0, 1).to(self.dtype), self.model.head_weight()
+
+
+def _frozen_copy(parent: HybridParent, dtype: torch.dtype) -> HybridParent:
+    """A copy in evaluation mode, matrices in `dtype`; no second whole copy exists on the way."""
+    copied: dict[int, Any] = {}
+    for weight in parent.parameters():
+        kind = dtype if weight.ndim == 2 else torch.float32
+        data = weight.detach().to(kind, copy=True)
+        copied[id(weight)] = nn.Parameter(data, requires_grad=False)
+    model = copy.deepcopy(parent, copied)  # takes the weights that it is given
+    model.activation_checkpointing = False
+    return model.eval()
+
+
+def _widen(block: nn.Module, inputs: tuple) -> tuple:
+    """Start the residual stream in float32."""
+    return (inputs[0].float(), *inputs[1:])

@@ -1,0 +1,219 @@
+"""A teacher too large for a device: its matrices live elsewhere and come when they are needed.
+
+One mechanism, two homes. The matrices of a block are one run of bytes, kept in host memory or in
+equal shares on all processes, and brought to one of two places on the device while the block
+before it computes. The embedding and the LM head share a third place: the one is read first, the
+other last. A device never holds more than that, and the vectors. torch's `fully_shard` would do
+for the shares, but wants a process group even to keep weights on the host, and leaves embedding and
+head on every device between calls.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elastic.parent import HybridParent
+from elastic.teacher.live import LiveTeacher
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 256
+"""Bytes; GPU kernels want their operands to begin at a multiple."""
+
+
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""torch 2.13 has another name for it."""
+
+
+class Home(Protocol):
+    """Where the bytes of one unit are while nobody reads them."""
+
+    size: int
+    """Bytes that a place for them must have."""
+    held: int
+    """Bytes that this process keeps on the device."""
+
+    def fetch(self, place: Tensor) -> Any:
+        """Bring them; waits for nothing. What is returned, if anything, has a `wait`."""
+
+
+class HostHome:
+    """Host memory of this process, page-locked so that a GPU can copy while it computes."""
+
+    def __init__(self, flat: Tensor, device: torch.device) -> None:
+        self.flat = flat.pin_memory() if device.type == "cuda" else flat
+        self.size, self.held = len(flat), 0
+
+    def fetch(self, place: Tensor) -> None:
+        place[: self.size].copy_(self.flat, non_blocking=True)
+
+
+class SharedHome:
+    """An equal share on the device of every process."""
+
+    def __init__(self, flat: Tensor, device: torch.device) -> None:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self.held = -(-len(flat) // world_size)
+        self.size = self.held * world_size
+        share = flat[rank * self.held : (rank + 1) * self.held]
+        self.share = torch.zeros(self.held, dtype=torch.uint8, device=device)
+        self.share[: len(share)] = share
+
+    def fetch(self, place: Tensor) -> Any:
+        return _gather(place[: self.size], self.share, async_op=True)
+
+
+class Unit:
+    """Matrices that come and go together."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.weights, self.starts, size = weights, [], 0
+        for weight in weights:
+            self.starts.append(size)
+            size += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+        self.size = size
+        self.kinds = [(weight.dtype, weight.shape, weight.nbytes) for weight in weights]
+        self.views: list[Tensor] = []
+        self.work: Any = None
+
+    def settle(self, home: type[HostHome] | type[SharedHome], device: torch.device) -> None:
+        """Move the weights home; the parameters are empty from now on."""
+        flat = torch.zeros(self.size, dtype=torch.uint8)
+        for weight, start in zip(self.weights, self.starts, strict=True):
+            flat[start : start + weight.nbytes] = weight.data.flatten().view(torch.uint8)
+        self.home: Home = home(flat, device)
+        self.leave()
+
+    def assign(self, place: Tensor) -> None:
+        """Where the weights will come to."""
+        self.place = place
+        self.views = [
+            place[start : start + size].view(dtype).view(shape)
+            for start, (dtype, shape, size) in zip(self.starts, self.kinds, strict=True)
+        ]
+
+    def enter(self) -> None:
+        """Parameters are weights."""
+        for weight, view in zip(self.weights, self.views, strict=True):
+            weight.data = view
+
+    def leave(self) -> None:
+        """Parameters are empty: whoever reads one now fails."""
+        for weight, (dtype, _, _) in zip(self.weights, self.kinds, strict=True):
+            weight.data = torch.empty(0, dtype=dtype)
+
+
+class Stream:
+    """Brings the matrices of a model to the device, unit by unit, as its forward pass goes on.
+
+    Every process fetches the same units in the same order.
+    """
+
+    def __init__(
+        self,
+        model: HybridParent,
+        home: type[HostHome] | type[SharedHome],
+        device: torch.device,
+    ) -> None:
+        embedding, head = model.backbone.embeddings.weight, model.lm_head.weight
+        blocks = list(model.backbone.layers)
+        self.first = Unit([embedding])
+        self.last = self.first if head is embedding else Unit([head])
+        self.blocks = [Unit([w for w in block.parameters() if w.ndim == 2]) for block in blocks]
+        ends = [self.first] if self.last is self.first else [self.first, self.last]
+        for unit in (*ends, *self.blocks):
+            unit.settle(home, device)
+        model.to(device)  # the vectors, all that is left
+        self.places = 0
+        for group in (ends, self.blocks[::2], self.blocks[1::2]):
+            size = max((unit.home.size for unit in group), default=0)
+            place = torch.empty(size, dtype=torch.uint8, device=device)
+            self.places += size
+            for unit in group:
+                unit.assign(place)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        model.register_forward_pre_hook(self._begin)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(self._enter(index))
+            block.register_forward_hook(self._leave(self.blocks[index]))
+        model.register_forward_hook(self._end)
+
+    def held(self) -> int:
+        """Bytes of matrices that this device holds at any time: the places, and shares."""
+        units: Iterable[Unit] = {self.first, self.last, *self.blocks}
+        return self.places + sum(unit.home.held for unit in units)
+
+    def _fetch(self, unit: Unit) -> None:
+        """Begin to bring a unit, once all that was asked of the device so far is done with its
+        place."""
+        if self.copies is None:
+            unit.work = unit.home.fetch(unit.place)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream(self.copies.device))
+        with torch.cuda.stream(self.copies):
+            work = unit.home.fetch(unit.place)
+            unit.work = self.copies.record_event() if work is None else work
+
+    def _use(self, unit: Unit) -> None:
+        """Let what follows wait for the unit."""
+        if unit.work is not None:
+            unit.work.wait()  # an event makes the stream wait, not the host
+        unit.work = None
+        unit.enter()
+
+    def _begin(self, *_: Any) -> None:
+        self.last.leave()
+        self._fetch(self.first)
+        self._fetch(self.blocks[0])
+        self._use(self.first)
+
+    def _enter(self, index: int) -> Any:
+        after = self.blocks[index + 1] if index + 1 < len(self.blocks) else self.last
+
+        def hook(*_: Any) -> None:
+            if index == 0 and self.last is not self.first:
+                self.first.leave()
+            if after is not self.first:  # a head that is the embedding has stayed
+                self._fetch(after)
+            self._use(self.blocks[index])
+
+        return hook
+
+    def _leave(self, unit: Unit) -> Any:
+        return lambda *_: unit.leave()
+
+    def _end(self, *_: Any) -> None:
+        if self.last is not self.first:
+            self._use(self.last)
+
+
+class StreamedTeacher(LiveTeacher):
+    """The parent in host memory of each process (`cpu_offload`), or shared out over the processes
+    (`zero3`), which must then all ask together.
+
+    A call costs one pass of all matrices over the bus, or the network, so that it wants large
+    micro-batches.
+    """
+
+    def __init__(
+        self,
+        parent: HybridParent,
+        precision: str,
+        document_start: int | None,
+        home: type[HostHome] | type[SharedHome],
+    ) -> None:
+        super().__init__(parent, precision, document_start)
+        self.home = home
+        self.stream: Stream | None = None
+
+    def start(self, device: torch.device, stage: str) -> None:
+        if self.stream is not None:
+            return
+        whole = sum(weight.nbytes for weight in self.model.parameters())
+        self.stream = Stream(self.model, self.home, device)
+        held = self.stream.held()
+        log.info("teacher: %.2f GB on this device, of %.2f GB", held / 1e9, whole / 1e9)
