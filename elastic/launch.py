@@ -9,12 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from elastic.cluster.lock import RunLock
 from elastic.cluster.place import find_place, first_alone, joined, launched
+from elastic.cluster.signals import StopSignals
+from elastic.cluster.watchdog import Watchdog
 from elastic.config import ConfigError, RunConfig, parse
+from elastic.module import TrainingDiverged
+from elastic.resume import CheckpointFailed
 from elastic.trainer import Run, find_device
 
 log = logging.getLogger(__name__)
@@ -40,9 +45,17 @@ def launch(config: RunConfig) -> Path:
 def _run(config: RunConfig) -> Path:
     """This process' part."""
     place = find_place(config.trainer)
-    with joined(place, find_device(config)):
+    patience = config.trainer.patience
+    with (
+        StopSignals() as signals,
+        joined(place, find_device(config)),
+        Watchdog(place, patience),
+        ExitStack() as held,
+    ):
         with first_alone(place):
-            run = Run(config, place)
+            if place.rank == 0:
+                held.enter_context(RunLock(Path(config.run_dir)))
+            run = Run(config, place, signals)
             run.begin()
         return run.execute()
 
@@ -89,7 +102,10 @@ GRACE = 20.0
 
 
 def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
-    """Take this process down when another one of the machine has died."""
+    """Take this process down when another one of the machine has died.
+
+    The watchdog is quicker and sees other machines too, once all processes have met.
+    """
     while not ended.wait(0.5):
         for rank, child in enumerate(children, start=1):
             code = child.poll()
@@ -112,8 +128,10 @@ def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
 def main() -> None:
     """One of the processes that `launch` starts; its settings come on standard input."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    config = parse(json.load(sys.stdin), RunConfig)
-    _run(config)
+    try:
+        _run(parse(json.load(sys.stdin), RunConfig))
+    except (CheckpointFailed, TrainingDiverged):
+        sys.exit(1)  # they happen to all, and rank 0 says why
 
 
 if __name__ == "__main__":

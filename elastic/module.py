@@ -27,7 +27,7 @@ PARENT = "parent"
 """Name of the only member in a pretrain stage."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(FloatingPointError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
@@ -271,7 +271,6 @@ class ElasticModule(L.LightningModule):
             "stage_index": self.stage.index,
             "stage": self.stage.name,
             "step": self.step,
-            "micro_step": self.micro_step,
             "bad_steps": self.bad_steps,
             "skipped_steps": self.skipped_steps,
             "family": None if self.family is None else self.family.state(),
@@ -284,8 +283,9 @@ class ElasticModule(L.LightningModule):
         """
         self.bad_steps = state["bad_steps"]
         if state["stage"] == self.stage.name:
-            self.micro_step, self.skipped_steps = state["micro_step"], state["skipped_steps"]
-            assert self.between_steps
+            # Another number of processes may need another number of passes for a step.
+            self.micro_step = state["step"] * self.stage.accumulation
+            self.skipped_steps = state["skipped_steps"]
         if self.family is not None and self.router_optimizer is not None:
             self.router_optimizer.load_state(routers)
             self.family.load_state(state["family"])

@@ -3,26 +3,25 @@
 import logging
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from torch import Tensor
 
 from elastic import checkpoint as elastic_checkpoint
 from elastic.architecture import Architecture, Space
 from elastic.callbacks import BudgetValidation, Checkpoints, Metrics, Progress, Restore
 from elastic.cluster.place import ALONE, Place, first_alone, wait_for_all
+from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals
 from elastic.cluster.strategies import build_strategy, check_zero
 from elastic.config import ConfigError, ParentShape, RunConfig
 from elastic.cost import parameters
 from elastic.curriculum import Stage, budget_probabilities, check_budgets, plan
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
 from elastic.family import Family, describe
-from elastic.files import atomic_file, recover, sweep
+from elastic.files import recover, sweep
 from elastic.importance import Ranking, rank, sort_parent
 from elastic.loggers import MetricsFile, build_loggers
 from elastic.losses import check_objective
@@ -32,6 +31,7 @@ from elastic.parent.ssd import resolve_kernels
 from elastic.parent.weights import load_parent, locate, read_config, read_shape
 from elastic.resume import CheckpointStore, Saved
 from elastic.router import Router, RouterOptimizer
+from elastic.run_dir import check_run_dir, write_config
 from elastic.search import check_reachable, targets_of
 from elastic.teacher import Teacher, build_teacher, check_teacher, contents_of
 
@@ -44,17 +44,17 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
 # Which processes there are is known before Lightning wonders about it.
 warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 
-MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
-"""Settings that a resumed run may set anew; the others would make it another run."""
-
 
 class Run:
     """One run, on this process: everything is checked before anything is written."""
 
-    def __init__(self, config: RunConfig, place: Place = ALONE) -> None:
+    def __init__(
+        self, config: RunConfig, place: Place = ALONE, signals: StopSignals | None = None
+    ) -> None:
         self.config, self.place = config, place
+        self.signals = signals or StopSignals()
         self.run_dir = Path(config.run_dir)
-        self._check_run_dir()
+        check_run_dir(config, first=place.rank == 0)
         stages = config.curriculum.stages
         self.stages = plan(stages, config.trainer, list(config.budgets))
         self.source, self.parent_config, self.shape = self._find_parent()
@@ -86,8 +86,7 @@ class Run:
         sweep(self.run_dir)
         for name in ("parent", "elastic"):
             recover(self.run_dir / name)
-        with atomic_file(self.run_dir / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+        write_config(self.config)
         self.data.save(self.run_dir / "data")
 
     def execute(self) -> Path:
@@ -111,30 +110,6 @@ class Run:
         return output
 
     # Checks
-
-    def _check_run_dir(self) -> None:
-        """Resume only what is this run; refuse to write into anything else."""
-        if self.run_dir.exists() and not self.run_dir.is_dir():
-            raise ConfigError(f"run_dir={self.run_dir}: exists and is not a directory")
-        if not self.run_dir.exists() or not any(self.run_dir.iterdir()):
-            return
-        if self.place.rank != 0:
-            return  # the first rank has looked already, and has begun to write
-        if not self.config.resume:
-            raise ConfigError(
-                f"resume=false: run_dir={self.run_dir} is not empty; "
-                "choose another run_dir, or leave resume=true to go on"
-            )
-        stored = self.run_dir / "config.yaml"
-        if not stored.is_file():
-            raise ConfigError(f"run_dir={self.run_dir}: not empty, and not a run; choose another")
-        before, now = _flat(yaml.safe_load(stored.read_text())), _flat(asdict(self.config))
-        for key in sorted(before.keys() | now.keys()):
-            if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
-                raise ConfigError(
-                    f"{key}={now.get(key)}: run_dir={self.run_dir} was started with "
-                    f"{before.get(key)}; must be that, or choose another run_dir"
-                )
 
     def _find_parent(self) -> tuple[Path | None, dict[str, Any] | None, ParentShape]:
         """Where the parent is, its config.json and its sizes."""
@@ -321,14 +296,16 @@ class Run:
         """One stage, from where the module stands."""
         stage, settings = module.stage, self.config.trainer
         data = self._datamodule(stage, module.micro_step)
+        checkpoints = Checkpoints(self.store, settings.checkpoint_every)
         callbacks: list[L.Callback] = [
+            self.signals,
+            *([] if saved is None else [Restore(saved, self.place)]),
             Metrics(settings.log_every),
             Progress(),
             BudgetValidation(data.val_dataloader(), settings.validate_every),
-            Checkpoints(self.store, settings.checkpoint_every),
+            checkpoints,
+            StopOnSignal(self.signals, lambda module: module.between_steps, checkpoints.save),
         ]
-        if saved is not None:
-            callbacks.append(Restore(saved, self.place))
         strategy = build_strategy(settings, self.config.optim, self.place, self.device)
         trainer = L.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
@@ -359,6 +336,8 @@ class Run:
         )
         try:
             trainer.fit(module, train_dataloaders=data.train_dataloader())
+        except AgreedExit:
+            raise
         except SystemExit:  # what Lightning makes of Ctrl-C
             log.info("interrupted; the same command goes on from %s", self.store.root)
             raise
@@ -400,14 +379,3 @@ def find_device(config: RunConfig) -> torch.device:
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
     on_gpu = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat = {}
-    for key, entry in value.items():
-        if isinstance(entry, dict) and entry:
-            flat.update(_flat(entry, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = entry
-    return flat

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "elastic"
 
 ROOMS = (
     "config files architecture cost cut manifest parent importance search masks router losses "
-    "family curriculum data teacher cluster resume module loggers callbacks checkpoint trainer "
-    "launch teach extract evaluate bench report plan"
+    "family curriculum data teacher cluster resume module loggers callbacks checkpoint "
+    "run_dir trainer launch teach extract evaluate bench report plan"
 ).split()
 """Top to bottom; a new room is entered here."""
 

@@ -1,0 +1,288 @@
+"""Nobody waits for the dead: a process that dies or freezes takes the run down, and is named.
+
+Whoever waits in a collective for a process that is gone waits for an hour. So every process holds a
+connection to rank 0, sends a sign of life now and then, and leaves when one of the others
+
+- has died: the kernel closes its connection, within a moment, however it died;
+- is silent for `patience` seconds: frozen, or its machine or network is gone;
+- has failed and said so: after `GRACE` seconds, in which most will fail for the same reason, with
+  a better message than ours.
+
+All of it happens in a thread of its own, which needs nothing but the interpreter's lock for a
+moment. Long steps, checkpoints and copies release that lock while they last.
+"""
+
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from elastic.cluster.place import Place, from_all, from_first
+from elastic.cluster.signals import AgreedExit
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 40.0
+"""Seconds of silence after which a process counts as frozen: well over what holds the interpreter's
+lock, and with all that follows under a minute."""
+
+GRACE = 8.0
+"""Seconds that the others have for leaving by themselves after one has failed."""
+
+MOMENT = 0.5
+"""Seconds that an error waits for its cause: a collective fails because somebody has died."""
+
+CONNECT_SECONDS = 30.0
+
+
+@dataclass
+class _Peer:
+    """A process at the other end of a connection."""
+
+    connection: socket.socket
+    heard: float
+    """When it last gave a sign of life, on our own clock."""
+    rank: int = -1
+    """Unknown until it has introduced itself."""
+    host: str = ""
+    pid: int = 0
+    parent: int = 0
+    unread: bytes = b""
+
+
+class Watchdog:
+    """Watches over the processes of a run while its block lasts; nothing for a single process.
+
+    Whoever leaves the block in peace is not missed. Whoever leaves it with an error tells the
+    others, and has `patience` seconds to be gone. All processes must enter it, and the process
+    group must exist.
+    """
+
+    def __init__(self, place: Place, patience: float = PATIENCE, grace: float = GRACE) -> None:
+        self.place, self.patience, self.grace = place, patience, grace
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._selector = selectors.DefaultSelector()
+        self._sending = threading.Lock()
+        self._door: socket.socket | None = None
+        self._token = ""
+        self._cause = ""
+        self._code = 1
+        self._deadline = float("inf")
+        self._introduced = 0
+        self._in_peace = False
+        self._bell, self._rope = socket.socketpair()  # pulling it wakes the thread
+        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> Self:
+        if self.place.world_size == 1:
+            return self
+        if self.place.rank == 0:
+            self._door = _open_door(self.place.world_size)
+            self._selector.register(self._door, selectors.EVENT_READ)
+            self._token = secrets.token_hex(8)
+            from_first((self._token, self._door.getsockname()[1], *_myself()))
+        else:
+            self._token, port, host, pid = from_first(None)
+            self._connect(port, host, pid)
+        self._thread.start()
+        connected = sum(from_all(self._door is None and bool(self._peers)))
+        while self._door is not None and self._introduced < connected:
+            time.sleep(0.01)  # else what is said in the next moment would be said to nobody
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._thread.is_alive():
+            return
+        if error is None or isinstance(error, AgreedExit):
+            self._in_peace = True  # first: who hears us may be gone before the next line
+            self._tell(["bye"])
+            self._rope.close()
+            self._thread.join(2.0)
+            return
+        if isinstance(error, SystemExit):
+            self._code = error.code if isinstance(error.code, int) and error.code else 1
+            reason = f"left with exit code {self._code}"
+        else:
+            self._thread.join(MOMENT)  # it may be about to learn who is behind this error
+            lines = str(error).strip().splitlines()
+            reason = ": ".join(["failed", type(error).__name__, *lines[:1]])
+        # The thread stays, in case this process hangs on its way out.
+        self._cause = f"{self._name(self.place.rank, *_myself())} {reason}"
+        self._deadline = time.monotonic() + self.patience
+        self._tell(["failed", self._code, self._cause])
+
+    # The thread
+
+    def _watch(self) -> None:
+        beat = self.patience / 10
+        next_beat = last = time.monotonic()
+        while not self._in_peace:
+            for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
+                if key.fileobj is self._door:
+                    self._admit()
+                elif key.data is not None:
+                    self._read(key.data)
+            now = time.monotonic()
+            if now - last > self.patience / 2:  # it was us who stood still
+                for peer in self._peers.values():
+                    peer.heard = now
+            last = now
+            if now >= next_beat:
+                self._tell(["beat"])
+                next_beat = now + beat
+            for peer in list(self._peers.values()):
+                if now - peer.heard > self.patience:
+                    self._lose(peer, f"gave no sign of life for {self.patience:g} s")
+            if now > self._deadline:
+                self._leave()
+        for key in list(self._selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        self._selector.close()
+
+    def _admit(self) -> None:
+        assert self._door is not None
+        try:
+            connection, _ = self._door.accept()
+        except OSError:
+            return
+        self._add(_Peer(connection, time.monotonic()))
+
+    def _add(self, peer: _Peer) -> None:
+        peer.connection.settimeout(1.0)
+        with self._sending:
+            self._peers[peer.connection] = peer
+        self._selector.register(peer.connection, selectors.EVENT_READ, peer)
+
+    def _forget(self, peer: _Peer) -> None:
+        self._selector.unregister(peer.connection)
+        with self._sending:
+            del self._peers[peer.connection]
+        peer.connection.close()
+
+    def _read(self, peer: _Peer) -> None:
+        """Take what has arrived from a process."""
+        try:
+            arrived = peer.connection.recv(65536)
+        except OSError:
+            arrived = b""
+        if not arrived:
+            self._lose(peer, "died without a word")
+            return
+        peer.heard = time.monotonic()
+        *lines, peer.unread = (peer.unread + arrived).split(b"\n")
+        for line in lines:
+            if peer.connection not in self._peers:
+                return
+            try:
+                self._hear(peer, *json.loads(line))
+            except (TypeError, ValueError):  # a stranger at the door
+                self._forget(peer)
+                return
+
+    def _hear(self, peer: _Peer, word: str, *said: Any) -> None:
+        """Act on one message; ValueError if it is none of ours."""
+        if word == "hello":
+            token, rank, host, pid, parent = said
+            if token != self._token:
+                raise ValueError(token)
+            peer.rank, peer.host, peer.pid, peer.parent = rank, host, pid, parent
+            self._introduced += 1
+        elif peer.rank < 0:
+            raise ValueError(word)
+        elif word == "bye":
+            self._forget(peer)
+        elif word == "failed":
+            self._forget(peer)
+            if not self._cause:
+                self._code, self._cause = said
+                self._deadline = time.monotonic() + self.grace
+                if self.place.rank == 0:
+                    self._tell(["failed", *said])
+        elif word == "lost":
+            self._code, self._cause = said
+            self._leave()
+        elif word != "beat":
+            raise ValueError(word)
+
+    def _lose(self, peer: _Peer, how: str) -> None:
+        """A process is gone without a farewell: so is the run, unless it is ending anyway."""
+        if peer.rank < 0 or self._in_peace or self._deadline < float("inf"):
+            self._forget(peer)
+            return
+        self._cause = f"{self._name(peer.rank, peer.host, peer.pid)} {how}"
+        self._leave(first_lost=peer.rank == 0)
+
+    def _leave(self, first_lost: bool = False) -> None:
+        """End this process now: the main thread may be waiting for somebody who is gone.
+
+        Rank 0 tells the others, and ends those of them that it started: one may be frozen.
+        """
+        if self.place.rank == 0:
+            self._tell(["lost", self._code, self._cause])
+            time.sleep(0.2)  # what is read before we are gone is not lost with us
+        # One line per machine is enough.
+        if self.place.local_rank == 0 or (first_lost and self.place.rank == 1):
+            line = f"error: {self._cause}; stopping. The same command goes on from the last"
+            os.write(2, f"{line} checkpoint\n".encode())
+        for peer in self._peers.values():
+            if (peer.host, peer.parent) == _myself():
+                os.kill(peer.pid, signal.SIGKILL)
+        os._exit(self._code)
+
+    # Messages
+
+    def _tell(self, message: list) -> None:
+        """Send a message over every connection; who cannot be reached is noticed when reading."""
+        data = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            for peer in self._peers.values():
+                try:
+                    peer.connection.sendall(data)
+                except OSError:
+                    pass
+
+    def _connect(self, port: int, host: str, pid: int) -> None:
+        """Introduce this process to rank 0."""
+        address = os.environ["MASTER_ADDR"]
+        try:
+            connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
+        except OSError as error:
+            log.warning(
+                "rank %d cannot reach %s:%d (%s): nobody will notice if it dies",
+                self.place.rank,
+                address,
+                port,
+                error,
+            )
+            return
+        self._add(_Peer(connection, time.monotonic(), 0, host, pid))
+        self._tell(["hello", self._token, self.place.rank, *_myself(), os.getppid()])
+
+    def _name(self, rank: int, host: str, pid: int) -> str:
+        return f"rank {rank} of {self.place.world_size} (host {host}, process {pid})"
+
+
+def _myself() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()
+
+
+def _open_door(visitors: int) -> socket.socket:
+    """A port for the other processes, on every address of this machine."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=visitors, dualstack_ipv6=dual)
