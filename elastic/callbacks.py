@@ -25,12 +25,15 @@ from elastic.teacher import StoredTeacher, Teacher
 log = logging.getLogger(__name__)
 
 Outputs = dict[str, Any]
+Sums = dict[str, tuple[float, float]]
+"""Weighted sum and weight by name."""
 
 
 def _log(trainer: L.Trainer, module: ElasticModule, metrics: dict[str, float]) -> None:
     """Write a row; its step counts over all stages."""
+    row = metrics | {"stage": module.stage.index}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=module.stage.steps_before + module.step)
+        logger.log_metrics(row, step=module.stage.steps_before + module.step)
 
 
 class Metrics(Callback):
@@ -40,15 +43,17 @@ class Metrics(Callback):
     Passes count by the weight of their loss, so that a mean over budgets is what the step descends.
     A token counts once, however many budgets passed over it. Values stay on the device until a row
     is written, so that no step waits for one.
+
+    Args:
+        begun: `sums` of a row that was not written yet when the run stopped.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, begun: Sums | None = None) -> None:
+        self.every, self.begun = every, begun or {}
         self.values: dict[str, list[tuple[Tensor | float, float]]] = defaultdict(list)
         self.tokens, self.since = 0, time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.values.clear()
         self.tokens, self.since = 0, time.monotonic()
 
     def on_train_batch_end(
@@ -79,15 +84,22 @@ class Metrics(Callback):
         if self.tokens:
             self._write(trainer, module)
 
+    def sums(self, trainer: L.Trainer, module: L.LightningModule) -> Sums:
+        """What the means of the next row are made of so far, over all processes; this waits for
+        the device."""
+        names = sorted(self.values.keys() | self.begun.keys())  # on all the same: all draw alike
+        if not names:
+            return {}
+        sums = [_sum(self.values[name], *self.begun.get(name, (0.0, 0.0))) for name in names]
+        totals = torch.tensor([t for t, _ in sums], dtype=torch.float64, device=module.device)
+        totals = trainer.strategy.reduce(totals, reduce_op="mean")
+        return {n: (t, w) for n, t, (_, w) in zip(names, totals.tolist(), sums, strict=True)}
+
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ElasticModule)
-        names = sorted(self.values)  # the same on all processes, since all draw alike
-        means = torch.tensor([_mean(self.values[name]) for name in names], device=module.device)
-        means = trainer.strategy.reduce(means, reduce_op="mean")  # over all processes
-        row = dict(zip(names, means.tolist(), strict=True))
+        row = {name: total / weight for name, (total, weight) in self.sums(trainer, module).items()}
         seconds = time.monotonic() - self.since
         row["train/tokens_per_second"] = self.tokens / max(seconds, 1e-9)
-        row["train/stage"] = module.stage.index
         row["train/tokens"] = module.step * module.stage.config.batch_tokens
         row["train/gradient_norm"] = float(module.gradient_norm)
         row["train/skipped_steps"] = module.skipped_steps
@@ -96,7 +108,9 @@ class Metrics(Callback):
         if module.router is not None:
             row["train/router_lr"] = rates[1]
         _log(trainer, module, row)
-        self.on_train_start(trainer, module)
+        self.values.clear()
+        self.begun = {}
+        self.tokens, self.since = 0, time.monotonic()
 
 
 def _new_tokens(trainer: L.Trainer, module: ElasticModule, batch: Tensor) -> int:
@@ -111,10 +125,15 @@ def _loss(module: ElasticModule, outputs: Outputs) -> Tensor:
     return loss
 
 
-def _mean(values: list[tuple[Tensor | float, float]]) -> float:
-    """Weighted mean; this waits for the device."""
-    total = sum(weight for _, weight in values)
-    return sum(float(value) * weight for value, weight in values) / total
+def _sum(
+    values: list[tuple[Tensor | float, float]], total: float, weight: float
+) -> tuple[float, float]:
+    """Weighted sum and weight of values, added to those of others one by one: a sum that was
+    stopped and goes on is the same to the last bit."""
+    for value, share in values:
+        total += float(value) * share
+        weight += share
+    return total, weight
 
 
 class Progress(Callback):
@@ -231,9 +250,13 @@ class BudgetValidation(Callback):
         """
         losses: dict[str, float] = defaultdict(float)
         divergences: dict[str, float] = defaultdict(float)
-        # Forward KL and cross-entropy in one go, the same for all runs whatever they optimise.
+        # Forward KL and cross-entropy in one go, the same for all runs whatever they optimise. A
+        # store has words at the temperature of the run alone, and the rest of them as one.
+        stored = isinstance(module.teacher, StoredTeacher)
         config = ObjectiveConfig(
-            cross_entropy_weight=1.0, chunk_tokens=module.objective.chunk_tokens
+            cross_entropy_weight=1.0,
+            chunk_tokens=module.objective.chunk_tokens,
+            temperature=module.objective.temperature if stored else 1.0,
         )
         count, rows = 0, 0
         for batch in self.data:
@@ -279,8 +302,8 @@ def _teacher_loss(
 class Checkpoints(Callback):
     """Resume checkpoints: every few steps, at each stage's end, and when a signal asks to stop."""
 
-    def __init__(self, store: CheckpointStore, every: int) -> None:
-        self.store, self.every = store, every
+    def __init__(self, store: CheckpointStore, every: int, metrics: Metrics) -> None:
+        self.store, self.every, self.metrics = store, every, metrics
 
     def on_train_batch_end(
         self,
@@ -291,7 +314,7 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
-        if module.between_steps and module.step % self.every == 0:
+        if module.resumable and module.step % self.every == 0:
             self.save(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -311,9 +334,8 @@ class Checkpoints(Callback):
             module.parent, trainer.optimizers[0], trainer.global_rank, trainer.world_size
         )
         shared = {} if module.router_optimizer is None else module.router_optimizer.state()
-        self.store.save(
-            state | {"optimizer_steps": steps}, pieces, shared, module.step == module.stage.steps
-        )
+        state |= {"optimizer_steps": steps, "row": self.metrics.sums(trainer, module)}
+        self.store.save(state, pieces, shared, module.step == module.stage.steps)
 
 
 class Restore(Callback):
@@ -327,6 +349,9 @@ class Restore(Callback):
         assert isinstance(module, ElasticModule)
         steps = self.saved.state["optimizer_steps"]
         load_state(module.parent, trainer.optimizers[0], self.saved.pieces, steps, self.place.rank)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Only now: PyTorch's loaders draw a seed whenever they start, whether they need it or not.
         random = self.saved.random(self.place)
         if random is not None:
             restore_random(random)

@@ -95,13 +95,14 @@ class Run:
         torch.manual_seed(self.config.seed)  # nothing draws from it; libraries might
         loggers = build_loggers(self.config, self.run_dir)
         saved = self.store.newest()
+        index, done = -1, -1
         if saved is not None:
-            stage, step = saved.state["stage"], saved.state["step"]
-            log.info("resuming stage %s at step %d", stage, step)
-            done = self.stages[saved.state["stage_index"]].steps_before + step
-            for logger in loggers:
-                if isinstance(logger, MetricsFile) and self.place.rank == 0:
-                    logger.forget_after(done)
+            index, step = saved.state["stage_index"], saved.state["step"]
+            log.info("resuming stage %s at step %d", saved.state["stage"], step)
+            done = self.stages[index].steps_before + step
+        for logger in loggers:
+            if isinstance(logger, MetricsFile) and self.place.rank == 0:
+                logger.forget_after(index, done)
         self._pretrain(loggers)
         output = self._train_family(loggers)
         for logger in loggers:
@@ -296,17 +297,20 @@ class Run:
         """One stage, from where the module stands."""
         stage, settings = module.stage, self.config.trainer
         data = self._datamodule(stage, module.micro_step)
-        checkpoints = Checkpoints(self.store, settings.checkpoint_every)
+        metrics = Metrics(settings.log_every, None if saved is None else saved.state["row"])
+        checkpoints = Checkpoints(self.store, settings.checkpoint_every, metrics)
         callbacks: list[L.Callback] = [
             self.signals,
             *([] if saved is None else [Restore(saved, self.place)]),
-            Metrics(settings.log_every),
+            metrics,
             Progress(),
             BudgetValidation(data.val_dataloader(), settings.validate_every),
             checkpoints,
-            StopOnSignal(self.signals, lambda module: module.between_steps, checkpoints.save),
+            StopOnSignal(self.signals, lambda module: module.resumable, checkpoints.save),
         ]
-        strategy = build_strategy(settings, self.config.optim, self.place, self.device)
+        strategy = build_strategy(
+            settings, self.config.optim, self.place, self.device, module.family is not None
+        )
         trainer = L.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=settings.devices,

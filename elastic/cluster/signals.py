@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run between two optimizer steps, on all processes, with a checkpoint."""
+"""SIGTERM and SIGUSR1 end a run between two steps, on all processes, with a checkpoint."""
 
 import logging
 import signal
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 log = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}
-"""What a run leaves with: EX_TEMPFAIL, "start me again"; and what SIGTERM always means (128 + 15)."""
+"""What a run leaves with: EX_TEMPFAIL, "start me again"; and what SIGTERM ever means (128 + 15)."""
 
 
 class AgreedExit(SystemExit):
@@ -93,7 +93,7 @@ class StopSignals(Callback):
 
 
 class StopOnSignal(Callback):
-    """Leaves a fit at the end of the step in which any process has been asked to. The last callback.
+    """Leaves a fit at the end of the step in which any process was asked to. The last callback.
 
     Args:
         signals: where requests wait.

@@ -42,9 +42,14 @@ def check_zero(trainer: TrainerConfig, device: torch.device) -> None:
 
 
 def build_strategy(
-    trainer: TrainerConfig, optim: OptimConfig, place: Place, device: torch.device
+    trainer: TrainerConfig,
+    optim: OptimConfig,
+    place: Place,
+    device: torch.device,
+    leaves_out: bool,
 ) -> Strategy:
-    """The strategy of one fit; the process group must exist."""
+    """The strategy of one fit, in which passes leave weights out or do not; the process group must
+    exist."""
     if trainer.strategy == "single":
         return SingleDeviceStrategy(device)
     environment = Given(place)
@@ -52,7 +57,7 @@ def build_strategy(
         return DDPStrategy(
             cluster_environment=environment,
             process_group_backend="nccl" if device.type == "cuda" else "gloo",
-            find_unused_parameters=True,  # a member leaves layers out
+            find_unused_parameters=leaves_out,
         )
     return ZeroStrategy(trainer, optim, environment, device)
 

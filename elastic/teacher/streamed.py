@@ -216,4 +216,4 @@ class StreamedTeacher(LiveTeacher):
         whole = sum(weight.nbytes for weight in self.model.parameters())
         self.stream = Stream(self.model, self.home, device)
         held = self.stream.held()
-        log.info("teacher: %.2f GB on this device, of %.2f GB", held / 1e9, whole / 1e9)
+        log.info("teacher: %.1f MB on this device, of %.1f MB", held / 1e6, whole / 1e6)

@@ -1,0 +1,1 @@
+"""Writing a store of what the teacher says: `python -m elastic.teach`."""
