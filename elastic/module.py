@@ -105,6 +105,12 @@ class ElasticModule(L.LightningModule):
         return self.micro_step % self.stage.accumulation == 0
 
     @property
+    def resumable(self) -> bool:
+        """Whether a run may stop here and lose nothing. At its end a stage has still to be
+        measured; then it writes a checkpoint in any case."""
+        return self.between_steps and self.step < self.stage.steps
+
+    @property
     def progress(self) -> float:
         """Share of the tokens of this mode seen before the current optimizer step."""
         return self.stage.progress(self.step)
@@ -259,7 +265,7 @@ class ElasticModule(L.LightningModule):
         )  # fmt: skip
         if self.bad_steps >= self.max_bad_steps:
             raise TrainingDiverged(
-                f"curriculum.stages.{self.stage.name}: step {self.step} was the {self.bad_steps}th "
+                f"curriculum.stages.{self.stage.name}: step {self.step} was number {self.bad_steps} "
                 "in a row whose loss or gradient is not finite (trainer.max_bad_steps); lower "
                 "model_lr or look at the data, then start again from the last checkpoint"
             )

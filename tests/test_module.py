@@ -1,5 +1,7 @@
 """Training steps beside plain passes: gradients by hand, one teacher pass, draws ranks share."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
+import elastic.module
 from elastic.architecture import Architecture, Space
 from elastic.config import (
     ObjectiveConfig,
@@ -26,7 +29,7 @@ from elastic.cost import parameters
 from elastic.curriculum import draw_budget, draw_seed, plan
 from elastic.family import Family
 from elastic.losses import Head, distillation_dense
-from elastic.module import ElasticModule
+from elastic.module import ElasticModule, TrainingDiverged
 from elastic.router import Router, RouterOptimizer
 from elastic.teacher import LiveTeacher
 
@@ -243,6 +246,36 @@ def test_ranks_agree_on_budgets_weights_and_sizes(passes: str) -> None:
     for start in range(0, len(one), count):
         budgets = [each["budget"] for each in one[start : start + count]]
         assert budgets == sorted(budgets) and len(set(budgets)) == count
+
+
+# Steps that are not finite
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_have_changed_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Good steps between bad ones start the count anew."""
+    module = module_of(False, "replicated", "one")
+    module.max_bad_steps = 3
+    terms, bad = elastic.module.token_terms, {2, 3, 5, 6, 7}
+    seen: list[dict[str, Tensor]] = []
+
+    def spoil(*arguments: Any) -> dict[str, Tensor]:
+        if module.between_steps:
+            seen.append(
+                {name: weight.detach().clone() for name, weight in weights_of(module).items()}
+            )
+        found = terms(*arguments)
+        return found | {"total": found["total"] * math.nan} if module.step in bad else found
+
+    monkeypatch.setattr(elastic.module, "token_terms", spoil)
+    with pytest.raises(TrainingDiverged, match=r"step 8 was number 3 in a row .*max_bad_steps"):
+        train(module, batches(), steps=20)
+    assert (module.bad_steps, module.skipped_steps) == (3, 5)
+    seen.append(weights_of(module))
+    for step, (before, after) in enumerate(itertools.pairwise(seen)):
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        assert bool(moved) == (step not in bad), (step, moved[:1])
 
 
 # What the host waits for
