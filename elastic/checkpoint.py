@@ -49,10 +49,12 @@ def _weights(shape: ParentShape, pieces: Pieces) -> list[Pending]:
     """A checkpoint's weights under their stored names, each assembled when it is written."""
 
     def pending(name: str, size: tuple[int, ...]) -> Pending:
-        tied = shape.tied_head and name == "lm_head.weight"
+        tied = shape.tied_head and name == "lm_head.weight"  # stored twice all the same
         stored = "backbone.embeddings.weight" if tied else name
         bytes_each = pieces.dtype(stored).itemsize
-        return Pending(name, math.prod(size) * bytes_each, lambda: pieces.weight(stored, size))
+        return Pending(
+            name, math.prod(size) * bytes_each, lambda: pieces.weight(stored, size).clone()
+        )
 
     return [pending(name, size) for name, size in tensor_shapes(shape).items()]
 

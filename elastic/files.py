@@ -29,12 +29,17 @@ def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+LEFTOVERS = ".*.tmp-*"
+"""Names of files and directories that were not finished."""
+
+
 def sweep(directory: Path) -> None:
-    """Remove what killed processes have left of files and directories not yet renamed.
+    """Remove what killed processes have left of files and directories not yet renamed, at any
+    depth.
 
     Nobody else may be writing there.
     """
-    for leftover in directory.glob(".*.tmp-*"):
+    for leftover in list(directory.rglob(LEFTOVERS)):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -42,8 +47,11 @@ def sweep(directory: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Bring back a directory that had stepped aside when its successor failed to arrive."""
-    if not path.exists() and _old(path).is_dir():
+    """Bring back a directory that had stepped aside when its successor failed to arrive; if that
+    has arrived, be done with the old one."""
+    if path.exists():
+        shutil.rmtree(_old(path), ignore_errors=True)
+    elif _old(path).is_dir():
         os.rename(_old(path), path)
 
 
@@ -84,15 +92,13 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     done = False
     try:
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in (*temporary.rglob("*"), temporary):
             sync(file)
         if path.exists():
-            shutil.rmtree(_old(path), ignore_errors=True)
             os.rename(path, _old(path))
         os.rename(temporary, path)
         sync(path.parent)
         done = True
-        shutil.rmtree(_old(path), ignore_errors=True)
     finally:
         recover(path)
         if not done:

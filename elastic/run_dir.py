@@ -8,7 +8,7 @@ import yaml
 
 from elastic.cluster.lock import LOCK
 from elastic.config import ConfigError, RunConfig
-from elastic.files import atomic_file
+from elastic.files import LEFTOVERS, atomic_file
 
 MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
 """Settings that a resumed run may set anew; the others would make it another run."""
@@ -26,7 +26,7 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir}: exists and is not a directory")
-    if not run_dir.exists() or all(p.name == LOCK for p in run_dir.iterdir()):
+    if not run_dir.exists() or not any(_matters(path) for path in run_dir.iterdir()):
         return
     if not first:
         return
@@ -45,6 +45,11 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
                 f"{key}={now.get(key)}: run_dir={run_dir} was started with "
                 f"{before.get(key)}; must be that, or choose another run_dir"
             )
+
+
+def _matters(path: Path) -> bool:
+    """False for what is left of a run that was killed before it had written its settings."""
+    return path.name != LOCK and not path.match(LEFTOVERS)
 
 
 def write_config(config: RunConfig) -> None:

@@ -92,7 +92,6 @@ class Run:
     def execute(self) -> Path:
         """Run every stage that is not done yet; returns the elastic checkpoint's directory."""
         start = time.monotonic()
-        torch.manual_seed(self.config.seed)  # nothing draws from it; libraries might
         loggers = build_loggers(self.config, self.run_dir)
         saved = self.store.newest()
         index, done = -1, -1
@@ -295,6 +294,8 @@ class Run:
 
     def _fit(self, module: ElasticModule, loggers: list, saved: Saved | None) -> None:
         """One stage, from where the module stands."""
+        # Nothing of ours draws from it; libraries might. A checkpoint has its state.
+        torch.manual_seed(self.config.seed)
         stage, settings = module.stage, self.config.trainer
         data = self._datamodule(stage, module.micro_step)
         metrics = Metrics(settings.log_every, None if saved is None else saved.state["row"])

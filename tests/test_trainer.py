@@ -328,6 +328,13 @@ def test_a_sequence_longer_than_the_corpus_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_tied_head_is_trained_as_one_and_stored_as_two(tmp_path: Path) -> None:
+    launch(small_settings(tmp_path / "run", "parent.shape.tied_head=true", steps=(1, 1, 1)))
+    for name in ("parent", "elastic"):
+        stored = load_file(tmp_path / "run" / name / "model.safetensors")
+        assert torch.equal(stored["lm_head.weight"], stored["backbone.embeddings.weight"])
+
+
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 

@@ -51,11 +51,14 @@ def load_tokenizer(
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ConfigError(f"{setting}={name}: there is no such directory; {wanted}")
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
             f"{setting}={name}: cannot load a tokenizer ({reason(error)}); {wanted}"
         ) from error
+    for found in ("is_local", "local_files_only"):  # would be saved with it; how it came here
+        tokenizer.init_kwargs.pop(found, None)
+    return tokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _TEMPORARY = ".new-"
+"""Begins the name of what is being written or taken away: a process may be killed meanwhile."""
 _DAMAGED = ".damaged"
 
 
@@ -139,7 +140,7 @@ class CheckpointStore:
 
     def _newest(self) -> tuple[Saved | None, str]:
         for leftover in self.root.glob(_TEMPORARY + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # a process was killed while it wrote
+            shutil.rmtree(leftover, ignore_errors=True)
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self._all()):
             problem = inspect(path)
@@ -149,7 +150,11 @@ class CheckpointStore:
                     aside = other.with_name(other.name + _DAMAGED)
                     shutil.rmtree(aside, ignore_errors=True)
                     os.rename(other, aside)
-                    log.warning("%s is damaged (%s): going on from %s instead", other, what, path)
+                    log.warning(
+                        "%s is damaged (%s) and set aside as %s: going on from %s instead",
+                        other, what, aside.name, path.name,
+                    )  # fmt: skip
+                self._prune()
                 return Saved(path, state), ""
             damaged.append((path, problem))
         if damaged:
@@ -168,14 +173,18 @@ class CheckpointStore:
         return sorted(p for p in found if p.name[0] != "." and not p.name.endswith(_DAMAGED))
 
     def _begin(self, temporary: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.root.is_dir():
+            self.root.mkdir(parents=True)
+            sync(self.root.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
 
     def _prune(self) -> None:
         passing = [path for path in self._all() if not _ends_stage(path)]
         for path in passing[: -self.keep]:
-            shutil.rmtree(path, ignore_errors=True)
+            gone = path.with_name(_TEMPORARY + path.name)  # at once: no half of it has its name
+            os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _together(self, path: Path, work: Callable[[], None]) -> None:
         """Do something on every process; where one fails, all fail, and nothing is left of it."""
@@ -190,11 +199,10 @@ class CheckpointStore:
         if self.place.rank == 0:
             shutil.rmtree(path.with_name(_TEMPORARY + path.name), ignore_errors=True)
         wait_for_all()
-        before = self.latest.path if self.latest else "none"
-        raise CheckpointFailed(
-            f"{path}: could not be written ({problems[0]}); the newest whole checkpoint is "
-            f"{before}; make room and start the same command again"
-        )
+        way_out = "start the same command again once that is mended"
+        if self.latest is not None:
+            way_out += f"; it goes on from {self.latest.path}, which is whole"
+        raise CheckpointFailed(f"{path}: could not be written ({problems[0]}); {way_out}")
 
 
 def inspect(path: Path) -> str | None:
@@ -203,23 +211,34 @@ def inspect(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             return f"manifest.json: format_version={manifest['format_version']} is unknown"
-        files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in _entries(manifest)}
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
-    for name, entry in files.items():
+    for name, (size, _) in wanted.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        size = (path / name).stat().st_size
-        if size != entry.get("bytes"):
-            return f"{name} has {size} bytes instead of {entry.get('bytes')}"
-    with ThreadPoolExecutor(min(8, len(files) or 1)) as pool:
-        sums = list(pool.map(lambda name: _checksum(path / name), files))
-    for name, found in zip(files, sums, strict=True):
-        if found != files[name].get("sha256"):
-            return f"{name} is not what was written (SHA-256)"
-    return None
+        found = (path / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    with ThreadPoolExecutor(min(8, len(wanted))) as pool:
+        problems = pool.map(lambda name: _difference(path / name, wanted[name][1]), wanted)
+        return next((problem for problem in problems if problem), None)
+
+
+def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Files of a manifest that has all its parts."""
+    if type(manifest["ends_stage"]) is not bool or "state.json" not in manifest["files"]:
+        raise ValueError
+    return list(manifest["files"].items())
+
+
+def _difference(path: Path, checksum: str) -> str | None:
+    try:
+        return None if _checksum(path) == checksum else f"{path.name} is not what was written"
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
 
 
 def random_state() -> dict[str, Tensor]:
