@@ -38,6 +38,10 @@ demo: $(STAMP)  ## train the tiny family, cut its members out, and show what the
 test: lint types $(KERNELS)  ## lint, types and the whole suite
 	$(BIN)/python -m pytest
 
+test-slurm: $(STAMP)  ## slurm/ and hydra/launcher=slurm on a real Slurm of one machine
+	tests/slurm/install
+	$(BIN)/python -m pytest tests/slurm/real.py -v -s
+
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +56,4 @@ format: $(STAMP)  ## mend style
 clean:  ## remove what the targets above have made, .venv and runs included
 	rm -rf $(VENV) runs out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test lint types format clean
+.PHONY: help install demo test test-slurm lint types format clean

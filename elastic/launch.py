@@ -45,6 +45,8 @@ def launch(config: RunConfig) -> Path:
 def _run(config: RunConfig) -> Path:
     """This process' part."""
     place = find_place(config.trainer)
+    if place.rank != 0:  # they would say the same
+        logging.getLogger("elastic").setLevel(logging.WARNING)
     patience = config.trainer.patience
     with (
         StopSignals() as signals,
