@@ -70,13 +70,16 @@ def _others(config: RunConfig) -> Iterator[None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+
+    def numbered(rank: int) -> dict[str, str]:
+        return {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
     settings = json.dumps(asdict(config))
     children = []
     for rank in range(1, world_size):
-        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         child = subprocess.Popen(
             [sys.executable, "-m", "elastic.launch"],
-            env={**os.environ, **shared, **numbers},
+            env={**os.environ, **numbered(rank)},
             stdin=subprocess.PIPE,
             text=True,
         )
@@ -84,13 +87,17 @@ def _others(config: RunConfig) -> Iterator[None]:
         child.stdin.write(settings)
         child.stdin.close()
         children.append(child)
-    os.environ |= {**shared, "RANK": "0", "LOCAL_RANK": "0"}
+    before = dict(os.environ)
+    os.environ.update(numbered(0))
     ended = threading.Event()
     threading.Thread(target=_watch, args=(children, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+        for name in numbered(0):  # the next run of a sweep starts processes of its own
+            os.environ.pop(name, None)
+        os.environ.update(before)
         deadline = time.monotonic() + GRACE
         for child in children:
             try:
