@@ -183,6 +183,11 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
 
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_train_end(trainer, module)  # what is wrong gets a line of its own
+
 
 class BudgetValidation(Callback):
     """Every budget on fixed text: loss, KL to the teacher, gap to the teacher; and the sizes

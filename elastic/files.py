@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def sync(path: Path) -> None:
     """Flush a file or a directory to disk."""
@@ -56,16 +58,32 @@ def recover(path: Path) -> None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the disk are OSErrors that say where: a write does not know, and safetensors has
+    errors of its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise OSError(f"{path}: could not be written ({error})") from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write; it becomes `path` if the block ends well, else it is
-    gone."""
+    """Yield a temporary name to write; it becomes `path` if the block ends well, else it is gone.
+
+    Raises:
+        OSError: the disk is full, say; names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _named(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -80,6 +98,7 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` exists and `replace` is false; nothing is written.
+        OSError: the disk is full, say; names `path`.
     """
     recover(path)
     if path.exists() and not replace:
@@ -91,13 +110,14 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     done = False
     try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            sync(file)
-        if path.exists():
-            os.rename(path, _old(path))
-        os.rename(temporary, path)
-        sync(path.parent)
+        with _named(path):
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                sync(file)
+            if path.exists():
+                os.rename(path, _old(path))
+            os.rename(temporary, path)
+            sync(path.parent)
         done = True
     finally:
         recover(path)

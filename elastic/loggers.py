@@ -115,17 +115,15 @@ class WandbMetrics(Logger):
     when the connection is back.
 
     Args:
-        start: makes the logger that does the work; called here, and again with mode="offline" if
-            W&B does not answer.
+        start: makes the logger that does the work, in the mode of the environment (None), or
+            "offline" if W&B does not answer.
     """
 
-    def __init__(self, start: Callable[..., WandbLogger]) -> None:
+    def __init__(self, start: Callable[[str | None], WandbLogger]) -> None:
         super().__init__()
         self.lost = False
-        self._inner: WandbLogger | None = None
         self._rows: queue.Queue[tuple[dict[str, float], int | None]] = queue.Queue(ROWS_WAITING)
-        if rank_zero_only.rank == 0:
-            self._inner = self._started(start)
+        self._inner = self._started(start)
         if self._inner is not None:
             threading.Thread(target=self._hand_over, daemon=True, name="wandb").start()
 
@@ -162,16 +160,19 @@ class WandbMetrics(Logger):
         if self.lost and self._inner is not None:
             _end_service()
 
-    def _started(self, start: Callable[..., WandbLogger]) -> WandbLogger | None:
+    @rank_zero_only
+    def _started(self, start: Callable[[str | None], WandbLogger]) -> WandbLogger | None:
         try:
-            return start()
+            return start(None)
         except Exception as error:  # whatever it is: it is no reason not to train
             reason = _first_line(error)
         try:
             _end_service()  # it still holds the run's name
-            logger = start(mode="offline")
+            logger = start("offline")
         except Exception as error:
-            log.warning("W&B cannot be used (%s): metrics are in metrics.csv only", error)
+            log.warning(
+                "W&B cannot be used (%s): metrics are in metrics.csv only", _first_line(error)
+            )
             return None
         log.warning(
             "W&B does not answer (%s): logging offline; when the run is over: wandb sync %s",
@@ -225,7 +226,7 @@ def build_loggers(config: RunConfig, run_dir: Path) -> list[Logger]:
     return loggers
 
 
-def _start_wandb(config: RunConfig, run_dir: Path, **how: str) -> WandbLogger:
+def _start_wandb(config: RunConfig, run_dir: Path, mode: str | None) -> WandbLogger:
     """Start or resume the W&B run of a run directory."""
     import wandb  # a second that most runs can do without
 
@@ -238,7 +239,7 @@ def _start_wandb(config: RunConfig, run_dir: Path, **how: str) -> WandbLogger:
         group=config.logger.group,
         resume="allow",
         settings=wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS),
-        **how,
+        mode=mode,
     )
     logger.log_hyperparams(asdict(config))
     return logger

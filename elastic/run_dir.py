@@ -10,8 +10,9 @@ from elastic.cluster.lock import LOCK
 from elastic.config import ConfigError, RunConfig
 from elastic.files import LEFTOVERS, atomic_file
 
-MAY_CHANGE = ("run_dir", "resume", "trainer", "logger")
-"""Settings that a resumed run may set anew; the others would make it another run."""
+MAY_CHANGE = ("run_dir", "resume", "trainer", "logger", "parent.activation_checkpointing")
+"""Settings, or groups of them, that a resumed run may set anew; the others would make it another
+run."""
 
 
 def check_run_dir(config: RunConfig, first: bool) -> None:
@@ -40,7 +41,8 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
         raise ConfigError(f"run_dir={run_dir}: not empty, and not a run; choose another")
     before, now = _flat(yaml.safe_load(stored.read_text())), _flat(asdict(config))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
+        may_change = any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
+        if not may_change and before.get(key) != now.get(key):
             raise ConfigError(
                 f"{key}={now.get(key)}: run_dir={run_dir} was started with "
                 f"{before.get(key)}; must be that, or choose another run_dir"

@@ -206,7 +206,9 @@ def module_of(mode: str, start: int | None) -> ElasticModule:
         teacher = LiveTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
         family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
     objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
-    return ElasticModule(parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start)
+    return ElasticModule(
+        parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start
+    )
 
 
 def loss_by_documents(parent: HybridParent) -> Tensor:

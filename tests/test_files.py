@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from elastic.files import atomic_directory, atomic_file, digest, recover, write_json
+from elastic.files import atomic_directory, atomic_file, digest, recover, sweep, write_json
 
 
 class Interrupted(BaseException):
@@ -156,6 +157,55 @@ def test_litter_of_a_killed_process_with_the_same_id_is_cleared(tmp_path: Path) 
     assert tree(tmp_path) == {"out": "<dir>", "out/file": "new"}
 
 
+def test_a_directory_is_on_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents, the list of them, the name, the list that the name is in."""
+    calls: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"sync {os.path.basename(os.readlink(f'/dev/fd/{descriptor}'))}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(f"rename {source.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("new")
+    name = temporary.name
+    assert calls == ["sync file", f"sync {name}", f"rename {name}", f"sync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError("No space left: 1000 requested and 24 written"),
+        SafetensorError("I/O error: No space left"),
+    ],
+)
+def test_a_failed_write_says_which_file(tmp_path: Path, error: Exception) -> None:
+    """Neither a write nor numpy nor safetensors does; and all of it is an OSError."""
+    for context in (atomic_file(tmp_path / "out"), atomic_directory(tmp_path / "out")):
+        with pytest.raises(OSError, match="No space left") as caught, context:
+            raise error
+        assert str(tmp_path / "out") in str(caught.value)
+    assert tree(tmp_path) == {}
+
+
+def test_litter_of_killed_processes_is_swept_at_any_depth(tmp_path: Path) -> None:
+    for name in (".file.tmp-1", "data/.file.tmp-22", "data/.out.tmp-333/file", "data/mine.tmp-4"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    sweep(tmp_path)
+    assert tree(tmp_path) == {"data": "<dir>", "data/mine.tmp-4": "half"}
+
+
 # JSON
 
 
@@ -208,3 +258,11 @@ def test_a_directory_that_stepped_aside_in_a_crash_is_recovered(tmp_path: Path) 
     (tmp_path / ".out.old" / "a").write_text("old")
     recover(tmp_path / "out")
     assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_what_stepped_aside_goes_once_its_successor_is_there(tmp_path: Path) -> None:
+    """The process was killed just before it could do that."""
+    for name in ("out", ".out.old"):
+        (tmp_path / name).mkdir()
+    recover(tmp_path / "out")
+    assert tree(tmp_path) == {"out": "<dir>"}

@@ -11,7 +11,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 from elastic.bench.measure import Work, interleave, peak_memories
 from elastic.bench.result import Figures, Result, table
 from elastic.config import ScanBenchConfig, ScanShape
-from elastic.parent.ssd import resolve_kernels, scan
+from elastic.parent.ssd import kernels_installed, scan
 from elastic.parent.ssd_ref import CHUNK, ssd_chunked
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -41,7 +41,7 @@ def _measure_shape(
     """Figures and lines of one shape."""
     chunks = sorted({*config.chunks, CHUNK})
     variants = {(who, chunk): f"{who} {chunk}" for who in (OURS, THEIRS) for chunk in chunks}
-    if resolve_kernels("auto", device) == KERNELS:
+    if device.type == "cuda" and kernels_installed():
         variants[KERNELS, 0] = KERNELS
     works = {
         label: prepare(config, shape, who, chunk, device)

@@ -31,9 +31,10 @@ class RunLock:
     ends. Neither programs started by the process (close-on-exec) nor forks of it keep it.
 
     Raises:
-        ConfigError: another run holds it; names the directory, the host and process, and since
-            when. A requeued Slurm job waits `patience` seconds first where the holder is itself:
-            a file server may need a while to see that a node is gone.
+        ConfigError: there is a file in the way; or another run holds the lock: names the directory,
+            the host and process, and since when. A requeued Slurm job waits `patience` seconds
+            first where the holder is itself: a file server may need a while to see that a node is
+            gone.
     """
 
     def __init__(self, run_dir: Path, patience: float = REQUEUE_SECONDS) -> None:
@@ -84,7 +85,10 @@ class RunLock:
 
     def _make_directory(self) -> None:
         missing = [path for path in (self.run_dir, *self.run_dir.parents) if not path.exists()]
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f"run_dir={self.run_dir}: exists and is not a directory") from None
         self._made = missing
 
     def _try(self) -> bool:

@@ -117,7 +117,8 @@ class Watchdog:
             self._code = error.code if isinstance(error.code, int) and error.code else 1
             reason = f"left with exit code {self._code}"
         else:
-            self._thread.join(MOMENT)  # it may be about to learn who is behind this error
+            if self._deadline == float("inf"):
+                self._thread.join(MOMENT)  # it may be about to learn who is behind this error
             lines = str(error).strip().splitlines()
             reason = ": ".join(["failed", type(error).__name__, *lines[:1]])
         # The thread stays, in case this process hangs on its way out.
@@ -211,8 +212,6 @@ class Watchdog:
             if not self._cause:
                 self._code, self._cause = said
                 self._deadline = time.monotonic() + self.grace
-                if self.place.rank == 0:
-                    self._tell(["failed", *said])
         elif word == "lost":
             self._code, self._cause = said
             self._leave()
@@ -234,7 +233,6 @@ class Watchdog:
         """
         if self.place.rank == 0:
             self._tell(["lost", self._code, self._cause])
-            time.sleep(0.2)  # what is read before we are gone is not lost with us
         # One line per machine is enough.
         if self.place.local_rank == 0 or (first_lost and self.place.rank == 1):
             line = f"error: {self._cause}; stopping. The same command goes on from the last"
@@ -242,6 +240,7 @@ class Watchdog:
         for peer in self._peers.values():
             if (peer.host, peer.parent) == _myself():
                 os.kill(peer.pid, signal.SIGKILL)
+        time.sleep(0.2)  # what is read before we are gone is not lost with us
         os._exit(self._code)
 
     # Messages

@@ -90,7 +90,7 @@ class ParentConfig:
     shape: ParentShape | None = None
     """Sizes of a parent that is trained here from a random start; null reads them from `path`."""
     kernels: str = "auto"
-    """SSM scan: `auto` takes mamba_ssm on a GPU where it is installed, else plain torch."""
+    """SSM scan: `auto` takes mamba_ssm on a GPU, else plain torch."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more compute."""
 

@@ -20,27 +20,32 @@ MAMBA_SSM_CHUNK = 256
 """Chunk of the Triton kernels, as Nemotron-H publishes it."""
 
 
-def resolve_kernels(kernels: str, device: torch.device) -> str:
-    """`auto` becomes `mamba_ssm` on a GPU that has the package, else `torch`.
+def kernels_installed() -> bool:
+    """Whether mamba_ssm can be imported; this does not import it."""
+    return importlib.util.find_spec("mamba_ssm") is not None
 
-    Raises ConfigError for `mamba_ssm` where it cannot run.
+
+def resolve_kernels(kernels: str, device: torch.device) -> str:
+    """`auto` becomes `mamba_ssm` on a GPU, else `torch`.
+
+    Raises ConfigError for `mamba_ssm` where it cannot run; also on a GPU without the package, where
+    `torch` is slow and must be asked for.
     """
-    installed = importlib.util.find_spec("mamba_ssm") is not None
-    if kernels == "mamba_ssm" and not installed:
-        raise ConfigError(
-            "parent.kernels=mamba_ssm: mamba_ssm is not installed; install elastic[cluster], "
-            "or set parent.kernels=torch"
-        )
     if kernels == "mamba_ssm" and device.type != "cuda":
         raise ConfigError(
             "parent.kernels=mamba_ssm: its kernels need a GPU; set trainer.accelerator=gpu, "
             "or parent.kernels=torch"
         )
-    if kernels == "auto":
-        kernels = "mamba_ssm" if device.type == "cuda" and installed else "torch"
-    if kernels == "mamba_ssm" and importlib.util.find_spec("causal_conv1d") is None:
+    if kernels == "torch" or device.type != "cuda":
+        return "torch"
+    if not kernels_installed():
+        raise ConfigError(
+            f"parent.kernels={kernels}: mamba_ssm is not installed; pip install "
+            "--no-build-isolation mamba-ssm causal-conv1d, or set parent.kernels=torch (slower)"
+        )
+    if importlib.util.find_spec("causal_conv1d") is None:
         log.warning("causal_conv1d is not installed: Mamba layers run in pieces, which is slower")
-    return kernels
+    return "mamba_ssm"
 
 
 def scan(

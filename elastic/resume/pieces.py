@@ -90,13 +90,13 @@ def local_pieces(
         first, last = 0, count
         if replicated:
             first, last = rank * count // world_size, (rank + 1) * count // world_size
+        state = stepper.state.get(part.owner, {})
+        steps = int(state.get("step", 0))
         if first == last:
             continue
         key = f"{part.name}:{part.start + first}"
         pieces[f"weight:{key}"] = part.master[first:last]
-        state = stepper.state.get(part.owner, {})
         if state:
-            steps = int(state["step"])
             for moment in MOMENTS:
                 flat = state[moment].view(-1)
                 pieces[f"{moment}:{key}"] = flat[part.offset + first : part.offset + last]
@@ -118,11 +118,12 @@ def load_state(model: nn.Module, optimizer: Any, pieces: "Pieces", steps: int, r
         if not stepper.state.get(part.owner):
             fused = stepper.param_groups[0].get("fused")
             device = part.owner.device if fused else "cpu"
-            state = {"step": torch.tensor(float(steps), device=device)}
-            state |= {moment: torch.zeros_like(part.owner) for moment in MOMENTS}
-            stepper.state[part.owner] = state
+            state = {moment: torch.zeros_like(part.owner) for moment in MOMENTS}
+            stepper.state[part.owner] = state | {"step": torch.zeros((), device=device)}
+        state = stepper.state[part.owner]
+        state["step"].fill_(steps)
         for moment in MOMENTS:
-            flat = stepper.state[part.owner][moment].view(-1)
+            flat = state[moment].view(-1)
             values = pieces.read(moment, part.name, part.start, count)
             flat[part.offset : part.offset + count].copy_(values)
 

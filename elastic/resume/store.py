@@ -221,7 +221,7 @@ def inspect(path: Path) -> str | None:
             return f"{name} is missing"
         found = (path / name).stat().st_size
         if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+            return f"{name} has {found} bytes, manifest.json says {size}"
     with ThreadPoolExecutor(min(8, len(wanted))) as pool:
         problems = pool.map(lambda name: _difference(path / name, wanted[name][1]), wanted)
         return next((problem for problem in problems if problem), None)
@@ -236,9 +236,10 @@ def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _difference(path: Path, checksum: str) -> str | None:
     try:
-        return None if _checksum(path) == checksum else f"{path.name} is not what was written"
+        same = _checksum(path) == checksum
     except OSError as error:
         return f"{path.name}: {error.strerror}"
+    return None if same else f"{path.name} is not what manifest.json says"
 
 
 def random_state() -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import TOLERANCE, assert_near, difference
 from torch import Tensor
 
+from elastic.config import ConfigError
 from elastic.parent.ssd import resolve_kernels, scan
 from elastic.parent.ssd_ref import CHUNK, ssd_chunked, ssd_recurrent
 
@@ -164,19 +165,31 @@ def test_scan_takes_the_chunked_path_on_a_cpu() -> None:
     assert_near(scan(x, raw, bias, 0.5, a, b, c, d, kernels), ssd_chunked(x, dt, a, b, c, d))
 
 
-def test_missing_kernels_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "mamba_ssm"])
+def test_a_gpu_without_its_kernels_is_refused_in_one_line(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain scan there would be slow without a word; whoever wants it says so."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^parent\.kernels=mamba_ssm: .* not installed.*torch$"):
-        resolve_kernels("mamba_ssm", torch.device("cpu"))
-    assert resolve_kernels("auto", torch.device("cuda")) == "torch"
+    line = (
+        rf"^parent\.kernels={kernels}: mamba_ssm is not installed; pip install "
+        r"--no-build-isolation mamba-ssm causal-conv1d, or set parent\.kernels=torch \(slower\)$"
+    )
+    with pytest.raises(ConfigError, match=line):
+        resolve_kernels(kernels, torch.device("cuda"))
+    assert resolve_kernels("torch", torch.device("cuda")) == "torch"
+    assert resolve_kernels("auto", torch.device("cpu")) == "torch"
 
 
-def test_kernels_without_a_gpu_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    with pytest.raises(ValueError, match=r"^parent\.kernels=mamba_ssm: its kernels need a GPU.*$"):
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_without_a_gpu_are_refused_in_one_line(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed else None)
+    with pytest.raises(ConfigError, match=r"^parent\.kernels=mamba_ssm: its kernels need a GPU.*$"):
         resolve_kernels("mamba_ssm", torch.device("cpu"))
     assert resolve_kernels("auto", torch.device("cpu")) == "torch"
-    assert resolve_kernels("auto", torch.device("cuda")) == "mamba_ssm"
+    assert not installed or resolve_kernels("auto", torch.device("cuda")) == "mamba_ssm"
 
 
 def test_slower_kernels_are_named(
