@@ -265,9 +265,10 @@ class ElasticModule(L.LightningModule):
         )  # fmt: skip
         if self.bad_steps >= self.max_bad_steps:
             raise TrainingDiverged(
-                f"curriculum.stages.{self.stage.name}: step {self.step} was number {self.bad_steps} "
-                "in a row whose loss or gradient is not finite (trainer.max_bad_steps); lower "
-                "model_lr or look at the data, then start again from the last checkpoint"
+                f"curriculum.stages.{self.stage.name}: step {self.step} was number "
+                f"{self.bad_steps} in a row whose loss or gradient is not finite "
+                "(trainer.max_bad_steps); lower model_lr or look at the data, then start again "
+                "from the last checkpoint"
             )
 
     def state(self) -> dict[str, Any]:
