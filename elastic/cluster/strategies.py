@@ -145,6 +145,11 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         """Lightning's, without its look at the indices of GPUs."""
         self.set_world_ranks()
+        if not self.on_gpu:
+            import deepspeed
+
+            # It would compile an extension for shared memory first; gloo is all that is needed.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._init_deepspeed_distributed()
 
     def init_deepspeed(self) -> None:

@@ -62,7 +62,7 @@ def work(rank: int, count: int, tell: Tell, how: dict[int, str]) -> None:
 def line(rank: int, pid: int | None, what: str, count: int = 2) -> str:
     """What users see."""
     who = f"rank {rank} of {count} (host {socket.gethostname()}, process {pid})"
-    return f"error: {who} {what}; stopping. The same command goes on from the last checkpoint\n"
+    return f"\nerror: {who} {what}; stopping. The same command goes on from the last checkpoint\n"
 
 
 SILENT = f"gave no sign of life for {PATIENCE:g} s"
@@ -117,6 +117,23 @@ def test_a_failure_is_told_to_those_who_do_not_notice(tmp_path: Path) -> None:
 def test_an_exit_code_is_handed_on(tmp_path: Path) -> None:
     """A signal outside a fit may reach one process only."""
     with processes(tmp_path, work, 2, {0: "exit", 1: "wait"}) as run:
+        assert run.codes(within=10) == [75, 75]
+
+
+def slow_door(rank: int, count: int, tell: Tell) -> None:
+    """Rank 0 leaves before it has looked who is there."""
+    admit = Watchdog._admit
+
+    def later(self: Watchdog) -> None:
+        time.sleep(0.3)
+        admit(self)
+
+    Watchdog._admit = later  # type: ignore[method-assign]
+    work(rank, count, tell, {0: "exit", 1: "wait"})
+
+
+def test_what_is_said_first_of_all_is_heard(tmp_path: Path) -> None:
+    with processes(tmp_path, slow_door, 2) as run:
         assert run.codes(within=10) == [75, 75]
 
 
