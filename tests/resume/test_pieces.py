@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,76 @@ def test_what_is_written_is_a_view() -> None:
         assert file[f"weight:{name}:0"].data_ptr() == weight.data_ptr()
         moment = one[1].state[weight]["exp_avg"]
         assert file[f"exp_avg:{name}:0"].data_ptr() == moment.data_ptr()
+
+
+# Partitioned
+
+
+class Flat(torch.optim.Optimizer):
+    """What is partitioned as DeepSpeed does it: AdamW steps one flat float32 range per process."""
+
+    def __init__(self, layers: nn.Module, stage: int, rank: int, world_size: int) -> None:
+        weights = list(layers.parameters())
+        if stage == 3:  # a share of every weight, padded
+            sizes = [-(-weight.numel() // world_size) for weight in weights]
+            self.fp32_partitioned_groups_flat = [torch.zeros(sum(sizes)).requires_grad_()]
+            self.owned = self.fp32_partitioned_groups_flat
+            places = [sum(sizes[:number]) for number in range(len(sizes))]
+            self.grad_position = {
+                number: (0, place, size)
+                for number, (place, size) in enumerate(zip(places, sizes, strict=True))
+            }
+            self.numbers = {id(weight): number for number, weight in enumerate(weights)}
+            for weight in weights:
+                weight.ds_numel = weight.numel()
+        else:  # a share of all weights, one after another
+            total = sum(weight.numel() for weight in weights)
+            size = -(-total // world_size)
+            self.bit16_groups = [weights]
+            self.single_partition_of_fp32_groups = [torch.zeros(size).requires_grad_()]
+            self.owned = self.single_partition_of_fp32_groups
+            first = 0
+            for weight in weights:
+                start, stop = first, first + weight.numel()
+                low, high = max(start, rank * size), min(stop, (rank + 1) * size)
+                low_address = SimpleNamespace(start=low - start, numel=high - low)
+                high_address = SimpleNamespace(start=low - rank * size)
+                weight._hp_mapping = None
+                if low < high:
+                    weight._hp_mapping = SimpleNamespace(
+                        lp_fragment_address=low_address, hp_fragment_address=high_address
+                    )
+                first = stop
+        self.optimizer = torch.optim.AdamW(self.owned)
+
+    def get_param_id(self, weight: nn.Parameter) -> int:
+        return self.numbers[id(weight)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_plain_optimizer_goes_into_shares_and_comes_back(
+    stage: int, world_size: int, tmp_path: Path
+) -> None:
+    """Plain, partitioned, plain: bit for bit; and the masters come from the checkpoint, not from
+    the rounded weights that the forward pass reads."""
+    one = model(steps=3)
+    files, steps = pieces_of(one, 2)
+    pieces = written(tmp_path, *files)
+    shares = []
+    for rank in range(world_size):
+        layers = model(torch.bfloat16)[0]
+        share = Flat(layers, stage, rank, world_size)
+        load_state(layers, share, pieces, steps, rank)
+        part, found = local_pieces(layers, share, rank, world_size)
+        assert found == 3 and all(tensor.dtype == torch.float32 for tensor in part.values())
+        shares.append(part)
+    (tmp_path / "shares").mkdir()
+    gathered = written(tmp_path / "shares", *shares)
+    other = model()
+    gathered.load_weights(other[0])
+    load_state(*other, gathered, 3, rank=0)
+    assert_same(other, one)
 
 
 # Ranges
