@@ -1,6 +1,5 @@
 """Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
 
-import math
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,9 +15,10 @@ from elastic.family import Family
 from elastic.files import atomic_directory, digest
 from elastic.importance import Ranking
 from elastic.manifest import Manifest, Member
-from elastic.parent.weights import Pending, save_weights
+from elastic.parent.weights import save_weights
 from elastic.resume import Pieces
 from elastic.search import Choice
+from elastic.tensors import Pending
 
 PACKAGES = ("elastic", "torch", "transformers", "lightning", "safetensors", "tokenizers")
 
@@ -51,10 +51,7 @@ def _weights(shape: ParentShape, pieces: Pieces) -> list[Pending]:
     def pending(name: str, size: tuple[int, ...]) -> Pending:
         tied = shape.tied_head and name == "lm_head.weight"  # stored twice all the same
         stored = "backbone.embeddings.weight" if tied else name
-        bytes_each = pieces.dtype(stored).itemsize
-        return Pending(
-            name, math.prod(size) * bytes_each, lambda: pieces.weight(stored, size).clone()
-        )
+        return Pending.of(name, size, pieces.dtype(stored), lambda: pieces.weight(stored, size))
 
     return [pending(name, size) for name, size in tensor_shapes(shape).items()]
 
@@ -93,7 +90,7 @@ def write_elastic(
     tokens_seen: dict[str, int],
 ) -> None:
     """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
-    then. No more than one shard of the weights is in memory."""
+    then. No more than one tensor of the weights is in memory."""
     budgets = {
         name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
         for name, choice in choices.items()

@@ -2,6 +2,7 @@
 line."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing them
+    sys.argv[1:] = [addressable(argument) for argument in sys.argv[1:]]
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # the one that we stop at
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
@@ -68,6 +70,25 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
 
     with one_line():
         main()
+
+
+_DIGIT_KEY = re.compile(
+    r"(\+{0,2}[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(\d\w*(?:\.\w+)*)=(.*)", re.DOTALL
+)
+
+
+def addressable(argument: str) -> str:
+    """`budgets.6b.params=X` in a form that Hydra reads: `budgets={6b:{params:X}}`.
+
+    Its keys cannot begin with a digit, but those of a mapping can, and mappings are merged.
+    """
+    match = _DIGIT_KEY.fullmatch(argument)
+    if match is None:
+        return argument
+    outer, inner, value = match.groups()
+    for key in reversed(inner.split(".")):
+        value = f"{{{key}:{value}}}"
+    return f"{outer}={value}"
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def plan(
         totals[stage.mode] += steps[name] * stage.batch_tokens
     planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
-        micro = trainer.micro_batch_tokens or stage.batch_tokens // trainer.world_size
+        sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size)
+        micro = _micro_sequences(stage, trainer, sequences)
         passes = _pass_count(stage, budgets)
         planned.append(
             Stage(
@@ -70,9 +71,9 @@ def plan(
                 index=index,
                 config=stage,
                 steps=steps[name],
-                accumulation=passes * (stage.batch_tokens // (micro * trainer.world_size)),
+                accumulation=passes * (sequences // micro),
                 passes=passes,
-                batch_sequences=micro // stage.sequence_length,
+                batch_sequences=micro,
                 tokens_before=seen[stage.mode],
                 tokens_of_mode=totals[stage.mode],
                 steps_before=sum(earlier.steps for earlier in planned),
@@ -87,6 +88,14 @@ def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str
     if stage.budget_probabilities is None:
         return {name: 1 / len(budgets) for name in budgets}
     return {name: stage.budget_probabilities.get(name, 0.0) for name in budgets}
+
+
+def _micro_sequences(stage: StageConfig, trainer: TrainerConfig, sequences: int) -> int:
+    """Sequences per forward pass: as many as are allowed and divide those of the process."""
+    if trainer.micro_batch_tokens is None:
+        return sequences
+    most = min(sequences, trainer.micro_batch_tokens // stage.sequence_length)
+    return max(count for count in range(1, most + 1) if sequences % count == 0)
 
 
 def _pass_count(stage: StageConfig, budgets: Sequence[str]) -> int:

@@ -28,7 +28,8 @@ from elastic.losses import check_objective
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent
 from elastic.parent.ssd import resolve_kernels
-from elastic.parent.weights import load_parent, locate, read_config, read_shape
+from elastic.parent.stock import read_config, read_shape
+from elastic.parent.weights import load_parent, locate
 from elastic.resume import CheckpointStore, Saved
 from elastic.router import Router, RouterOptimizer
 from elastic.run_dir import check_run_dir, write_config
@@ -118,7 +119,9 @@ class Run:
             return None, None, self.config.parent.shape
         source = locate(self.config.parent.path)
         parent_config = read_config(source)
-        return source, parent_config, read_shape(parent_config)
+        shape = read_shape(parent_config)
+        self.config.parent.check_shape(shape)
+        return source, parent_config, shape
 
     def _check_lengths(self) -> None:
         """Every sequence length must fit into the text, the calibration's too."""

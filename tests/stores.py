@@ -10,7 +10,8 @@ from elastic.command import CONF
 from elastic.config import TeachConfig, parse
 from elastic.curriculum import Stage, plan
 from elastic.data import PreparedData, prepare_data
-from elastic.parent.weights import read_config, read_shape, save_parent
+from elastic.parent.stock import read_config, read_shape
+from elastic.parent.weights import save_parent
 from elastic.teacher import Contents, StoredTeacher, contents_of
 from tests.runs import SMALL_PARENT, SMALL_SPACE, STDLIB, stage
 

@@ -20,7 +20,7 @@ from elastic.architecture import (
 from elastic.config import AXES, LAYERED_AXES, ParentShape, SpaceConfig
 from elastic.cut import Ranges, member_cuts, tensor_shapes
 from elastic.parent import HybridParent
-from elastic.parent.weights import stock_config
+from elastic.parent.stock import stock_config
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference between two ways to compute the same, as a share of the largest value."""

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from elastic.command import addressable
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,6 +58,37 @@ def test_a_bad_setting_is_one_line_and_leaves_nothing(
     for word in words:
         assert word in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_budgets_named_by_a_number_can_be_set_on_the_command_line() -> None:
+    """Hydra's keys cannot begin with a digit; those of the published family do."""
+    result = train("experiment=nano_v2_12b", "budgets.6b.params=6.1e9", "--cfg", "job")
+    budgets = yaml.safe_load(result.stdout)["budgets"]
+    assert {name: float(budget["params"]) for name, budget in budgets.items()} == {
+        "12b": 1.0,
+        "9b": 9.0e9,
+        "6b": 6.1e9,
+    }
+    wrong = train("experiment=nano_v2_12b", "budgets.7b.params=7e9")
+    assert wrong.returncode == 2 and "budgets" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "read"),
+    [
+        ("budgets.6b.params=6e9", "budgets={6b:{params:6e9}}"),
+        ("+budgets.4b.params=0.4", "+budgets={4b:{params:0.4}}"),
+        (
+            "curriculum.stages.long.budget_probabilities.12b=0.6",
+            "curriculum.stages.long.budget_probabilities={12b:0.6}",
+        ),
+        ("budget=6b", "budget=6b"),
+        ("data.path='a.6b=c'", "data.path='a.6b=c'"),
+        ("trainer.devices=8", "trainer.devices=8"),
+    ],
+)
+def test_keys_that_begin_with_a_digit_become_mappings(argument: str, read: str) -> None:
+    assert addressable(argument) == read
 
 
 def test_the_whole_configuration_can_be_printed() -> None:

@@ -70,9 +70,12 @@ def test_the_published_stages_have_the_published_steps() -> None:
         (80, 1, 1, 6, 8),
         (80, 3, 1, 2, 8),
         (10, 2, 3, 8, 1),
+        (95, 1, 1, 6, 8),
+        (79, 1, 1, 8, 6),
+        (10_000, 1, 2, 1, 24),
     ],
 )
-def test_a_step_is_split_over_processes_and_forward_passes(
+def test_a_step_is_split_over_processes_and_equal_forward_passes(
     micro: int | None, devices: int, nodes: int, accumulation: int, sequences: int
 ) -> None:
     planned = only(

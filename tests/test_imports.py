@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "elastic"
 
 ROOMS = (
-    "config files architecture cost cut manifest parent importance search masks router losses "
-    "family curriculum data teacher cluster resume module loggers callbacks checkpoint "
+    "config files architecture cost cut manifest tensors parent importance search masks router "
+    "losses family curriculum data teacher cluster resume module loggers callbacks checkpoint "
     "run_dir trainer launch teach extract evaluate bench report plan"
 ).split()
 """Top to bottom; a new room is entered here."""

@@ -26,7 +26,7 @@ from elastic.losses import token_terms
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
-from elastic.parent.weights import stock_config
+from elastic.parent.stock import stock_config
 from elastic.search import Choice, Search, targets_of
 from elastic.teacher import LiveTeacher
 

@@ -66,19 +66,18 @@ class RunConfig:
                 "all or sandwich with objective.teacher=in_place: the full budget teaches the rest",
             )
             micro, processes = self.trainer.micro_batch_tokens, self.trainer.world_size
-            each = f"{micro} tokens per forward pass" if micro else "1 sequence"
             require(
-                micro is None or micro % stage.sequence_length == 0,
-                f"{where}.sequence_length",
-                stage.sequence_length,
-                f"a divisor of the tokens per forward pass and process, {micro}",
+                micro is None or micro >= stage.sequence_length,
+                "trainer.micro_batch_tokens",
+                micro,
+                f"at least one sequence of {where}, {stage.sequence_length} tokens",
             )
-            unit = (micro or stage.sequence_length) * processes
+            unit = stage.sequence_length * processes
             require(
                 stage.batch_tokens % unit == 0,
                 f"{where}.batch_tokens",
                 stage.batch_tokens,
-                f"a multiple of {unit} = {each} x {processes} processes; the nearest is "
+                f"a multiple of {unit} = 1 sequence x {processes} processes; the nearest is "
                 f"{max(1, round(stage.batch_tokens / unit)) * unit}",
             )
         require(

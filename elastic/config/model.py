@@ -88,7 +88,8 @@ class ParentConfig:
     path: str | None = None
     """Local directory or hub id of a Nemotron-H checkpoint (safetensors); null builds `shape`."""
     shape: ParentShape | None = None
-    """Sizes of a parent that is trained here from a random start; null reads them from `path`."""
+    """Sizes: of a parent that is trained here from a random start, or those that `path` must have,
+    so that it can be planned without a download; null reads them from `path`."""
     kernels: str = "auto"
     """SSM scan: `auto` takes mamba_ssm on a GPU, else plain torch."""
     activation_checkpointing: bool = False
@@ -96,10 +97,21 @@ class ParentConfig:
 
     def __post_init__(self) -> None:
         one_of("parent.kernels", self.kernels, ("auto", "torch", "mamba_ssm"))
-        if (self.path is None) == (self.shape is None):
+        if self.path is None and self.shape is None:
             raise ConfigError(
-                "parent: set exactly one of parent.path (a checkpoint) and parent.shape (sizes), "
-                f"got path={self.path} and shape={'set' if self.shape else None}"
+                "parent: set parent.path (a checkpoint) or parent.shape (the sizes of a parent to "
+                "train here); both are null"
+            )
+
+    def check_shape(self, found: ParentShape) -> None:
+        """Raise `ConfigError` unless the checkpoint has the sizes that were announced."""
+        for name, value in vars(self.shape).items() if self.shape else ():
+            actual = getattr(found, name)
+            require(
+                name == "tied_head" or actual == value,
+                f"parent.shape.{name}",
+                value,
+                f"{actual}, as in {self.path}; or parent.shape=null to take its sizes as they are",
             )
 
 

@@ -268,8 +268,8 @@ class TrainerConfig:
     precision: str = "32-true"
     """32-true, bf16-mixed or bf16-true; zero1 to zero3 keep float32 masters in either bf16."""
     micro_batch_tokens: int | None = None
-    """Tokens per forward pass and process; null is the whole batch. Budgets are drawn for each of
-    these micro-batches."""
+    """At most so many tokens per forward pass and process; null is the whole batch. Passes are made
+    equal. Budgets are drawn for each of these micro-batches."""
     validate_every: int = 200
     """Optimizer steps between validations of every budget."""
     checkpoint_every: int = 200

@@ -1,15 +1,10 @@
 """Write a member as a plain Hugging Face checkpoint, or build it in memory."""
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
@@ -19,7 +14,7 @@ from elastic.cost import parameters
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import TOLERANCE, verify
 from elastic.files import atomic_directory, write_json
-from elastic.parent.weights import Pending, write_shards
+from elastic.tensors import write_shards
 
 COPIED = (
     "tokenizer*",
@@ -68,8 +63,8 @@ def extract(config: ExtractConfig) -> Path:
         _copy_small_files(member.checkpoint, temporary)
         _write_provenance(member, temporary)
         # `disable=None` draws the bar on a terminal only
-        with tqdm(total=len(pending), desc="tensors", disable=None, leave=False) as bar:
-            write_shards(temporary, _watched(pending, bar), config.max_shard_bytes)
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            write_shards(temporary, pending, config.max_shard_bytes, bar.update)
         if config.verify:
             share = verify(temporary, member)
             print(f"verified: logits within {share:.1e} of the largest ({TOLERANCE:.0e} allowed)")
@@ -114,17 +109,6 @@ def summary(member: OpenMember, size: int) -> str:
             f"are stored for the {member.parameters:,} of the member"
         )
     return "\n".join(lines)
-
-
-def _watched(tensors: list[Pending], bar: Any) -> Iterator[Pending]:
-    """The same tensors; the bar moves as each is read."""
-
-    def read(tensor: Pending) -> Tensor:
-        value = tensor.read()
-        bar.update()
-        return value
-
-    return (replace(tensor, read=partial(read, tensor)) for tensor in tensors)
 
 
 def _copy_small_files(source: Path, target: Path) -> None:

@@ -5,10 +5,9 @@ has several is stored zero-padded to the widest kept layer of the kind, which is
 0 and there are no biases, and zero columns of o_proj ignore what padded query heads attend to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +19,61 @@ from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLa
 from elastic.config import ParentShape
 from elastic.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
 from elastic.manifest import NAME, Manifest, Member
-from elastic.parent.weights import Pending, TensorStore, read_config, read_shape, stock_config
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-"""Stored types that can be cut, by their name in safetensors."""
+from elastic.parent.stock import read_config, read_shape, stock_config
+from elastic.tensors import BLOCK_BYTES, Pending, StoredTensor, TensorStore
 
 
-def read_cut(view: Any, cut: Cut, dtype: torch.dtype) -> Tensor:
-    """The kept part of a stored tensor, each block of ranges read on its own, in memory of its own.
+def padded(
+    blocks: Iterable[Tensor], place: Cut, sizes: tuple[int, ...], block_bytes: int = BLOCK_BYTES
+) -> Iterator[Tensor]:
+    """Row blocks of a tensor of these sizes: `blocks` laid out over the ranges of `place`, zeros
+    elsewhere.
 
-    `view` is a safetensors slice: indexing it touches only the bytes of that block.
+    Only rows and columns are padded.
     """
-    spans = [_spans(ranges, size) for ranges, size in zip(cut, view.get_shape(), strict=True)]
-    out = torch.empty([sum(stop - start for start, stop, _ in dim) for dim in spans], dtype=dtype)
-    for block in product(*spans):
-        source = tuple(slice(start, stop) for start, stop, _ in block)
-        target = tuple(slice(at, at + stop - start) for start, stop, at in block)
-        out[target].copy_(view[source])
-    return out
+    rows, columns = (*place, None)[:2]
+    compact = _Rows(_widened(block, columns, sizes) for block in blocks)
+    at = 0
+    for start, stop in (*(((0, sizes[0]),) if rows is None else rows), (sizes[0], sizes[0])):
+        while at < start:
+            zeros = compact.like
+            most = max(1, block_bytes // (zeros[0].numel() * zeros.element_size()))
+            count = min(start - at, most)
+            yield zeros.new_zeros((count, *sizes[1:]))
+            at += count
+        for block in compact.take(stop - start):
+            yield block
+            at += len(block)
 
 
-def pad(compact: Tensor, place: Cut, sizes: tuple[int, ...]) -> Tensor:
-    """Zeros of these sizes with `compact` laid out over the ranges of `place`."""
-    out = compact.new_zeros(sizes)
-    for block in product(*(_spans(r, size) for r, size in zip(place, sizes, strict=True))):
-        target = tuple(slice(start, stop) for start, stop, _ in block)
-        source = tuple(slice(at, at + stop - start) for start, stop, at in block)
-        out[target].copy_(compact[source])
-    return out
+class _Rows:
+    """A stream of row blocks that hands out as many rows as asked."""
+
+    def __init__(self, blocks: Iterable[Tensor]) -> None:
+        self._blocks = iter(blocks)
+        self._left = next(self._blocks)
+        self.like = self._left[:1]
+        """A row, for the type and the sizes of the rest."""
+
+    def take(self, count: int) -> Iterator[Tensor]:
+        while count:
+            if not len(self._left):
+                self._left = next(self._blocks)
+            block, self._left = self._left[:count], self._left[count:]
+            count -= len(block)
+            yield block
 
 
-def _spans(ranges: Ranges | None, size: int) -> list[tuple[int, int, int]]:
-    """Ranges with the place of each when they are laid end to end: (start, stop, at)."""
-    spans, at = [], 0
-    for start, stop in ((0, size),) if ranges is None else ranges:
-        spans.append((start, stop, at))
+def _widened(block: Tensor, columns: Ranges | None, sizes: tuple[int, ...]) -> Tensor:
+    """A row block with its columns over these ranges of the full width."""
+    if columns is None:
+        return block
+    out = block.new_zeros((len(block), *sizes[1:]))
+    at = 0
+    for start, stop in columns:
+        out[:, start:stop] = block[:, at : at + stop - start]
         at += stop - start
-    return spans
+    return out
 
 
 def stored_shape(shape: ParentShape, architecture: Architecture) -> ParentShape:
@@ -138,21 +150,20 @@ class OpenMember:
         cuts = member_cuts(self.parent, self.member.architecture)
         for cut, place in zip(cuts, places, strict=True):
             assert cut.target == place.source
-            dtype = self.dtype or DTYPES[self.store.slice(cut.source).get_dtype()]
-            size = sizes[cut.target]
-            count = 1
-            for length in size:
-                count *= length
-            read = partial(self._read, cut.source, cut.cut, place.cut, size, dtype)
-            yield Pending(cut.target, count * dtype.itemsize, read)
+            stored = self.store[cut.source]
+            yield Pending(
+                cut.target,
+                sizes[cut.target],
+                self.dtype or stored.dtype,
+                partial(self._blocks, stored, cut.cut, place.cut, sizes[cut.target]),
+            )
 
-    def _read(
-        self, source: str, cut: Cut, place: Cut, size: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        compact = read_cut(self.store.slice(source), cut, dtype)
+    def _blocks(
+        self, stored: StoredTensor, cut: Cut, place: Cut, size: tuple[int, ...]
+    ) -> Iterator[Tensor]:
         kept = tuple(size_of(ranges, n) for ranges, n in zip(place, size, strict=True))
-        assert tuple(compact.shape) == kept, (source, tuple(compact.shape), kept)
-        return compact if kept == size else pad(compact, place, size)
+        blocks = stored.blocks(cut)
+        return blocks if kept == size else padded(blocks, place, size)
 
 
 def open_member(checkpoint: Path, budget: str, dtype: torch.dtype | None = None) -> OpenMember:
@@ -180,13 +191,6 @@ def open_member(checkpoint: Path, budget: str, dtype: torch.dtype | None = None)
     store = TensorStore(checkpoint, tensor_shapes(parent))
     if not store.head_stored and not parent.tied_head:
         raise ValueError(f"{checkpoint}: tensor lm_head.weight is missing from the shards")
-    for cut in member_cuts(parent, member.architecture):
-        stored = store.slice(cut.source).get_dtype()
-        if stored not in DTYPES:
-            raise ValueError(
-                f"{checkpoint}: tensor {cut.source} is stored as {stored}; must be one of "
-                + ", ".join(DTYPES)
-            )
     config = stock_config(shape, base)
     if dtype is not None:
         config.pop("dtype", None)  # transformers' newer name for the same setting

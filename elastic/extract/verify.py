@@ -95,7 +95,7 @@ def parent_logits(member: OpenMember, tokens: Tensor) -> Tensor:
     def load(module: nn.Module, prefix: str) -> None:
         for name, _ in list(module.named_parameters()):
             owner_name, _, leaf = name.rpartition(".")
-            value = member.store[f"{prefix}.{name}"]
+            value = member.store[f"{prefix}.{name}"].read()
             value = value.to(member.dtype or value.dtype).float()
             setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, False))
 

@@ -15,7 +15,8 @@ from elastic.curriculum import Stage, plan
 from elastic.data import PreparedData, check_vocabulary, prepare_data
 from elastic.losses import check_objective
 from elastic.parent.ssd import resolve_kernels
-from elastic.parent.weights import load_parent, locate, read_config, read_shape
+from elastic.parent.stock import read_config, read_shape
+from elastic.parent.weights import load_parent, locate
 from elastic.teach.speak import Speaker, Windows
 from elastic.teacher import LiveTeacher, contents_of
 from elastic.teacher.base import SPLITS

@@ -17,7 +17,8 @@ from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLa
 from elastic.config import ExtractConfig, ParentShape
 from elastic.manifest import Manifest, Member
 from elastic.parent import HybridParent
-from elastic.parent.weights import TensorStore, save_parent
+from elastic.parent.weights import save_parent
+from elastic.tensors import StoredTensor, reading
 
 SHAPE = tiny_shape(vocab_size=40)
 SMALL = Architecture(8, (MambaLayer(0, 4, 5), MLPLayer(1, 3), AttentionLayer(2, 4), MLPLayer(4, 3)))
@@ -123,34 +124,32 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 class Reads:
-    """Elements asked for in every block that was read."""
+    """What was read of every tensor, and how many elements in all (of float32)."""
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[str, int]] = []
+        self.names: list[str] = []
+        self.bytes = 0
 
     @property
     def elements(self) -> int:
-        return sum(count for _, count in self.blocks)
-
-
-class _SpyingView:
-    def __init__(self, key: str, view: Any, reads: Reads) -> None:
-        self.key, self.view, self.reads = key, view, reads
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.view, name)
-
-    def __getitem__(self, block: Any) -> torch.Tensor:
-        tensor: torch.Tensor = self.view[block]
-        self.reads.blocks.append((self.key, tensor.numel()))
-        return tensor
+        return self.bytes // 4
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Reads]:
-    """Counts everything that any `TensorStore` reads."""
-    counted, plain = Reads(), TensorStore.slice
-    monkeypatch.setattr(
-        TensorStore, "slice", lambda self, key: _SpyingView(key, plain(self, key), counted)
-    )
+    """Counts everything that is read of any stored tensor; gaps between columns are not read."""
+    counted = Reads()
+    read_into, blocks = reading._File.read_into, StoredTensor.blocks
+
+    def counting(self: Any, buffer: memoryview, offset: int) -> None:
+        counted.bytes += len(buffer)
+        read_into(self, buffer, offset)
+
+    def naming(self: StoredTensor, *arguments: Any) -> Iterator[torch.Tensor]:
+        counted.names.append(self.name)
+        return blocks(self, *arguments)
+
+    monkeypatch.setattr(reading._File, "read_into", counting)
+    monkeypatch.setattr(StoredTensor, "blocks", naming)
+    monkeypatch.setattr(reading, "GAP_BYTES", 0)
     yield counted

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from elastic.config import ParentShape
 from elastic.extract import extract
 from elastic.extract.slice import stored_shape
 from elastic.masks import hard_keep
+from elastic.tensors import StoredTensor
 
 
 def stock(directory: Path) -> NemotronHForCausalLM:
@@ -195,17 +196,15 @@ def test_an_interrupted_extraction_leaves_nothing(
     checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that fills up in the middle of the shards."""
-    import elastic.extract.slice as slice_module
-
     reads = iter(range(100))
+    read = StoredTensor.blocks
 
-    def failing(*arguments: Any) -> torch.Tensor:
+    def failing(self: StoredTensor, *arguments: Any) -> Iterator[torch.Tensor]:
         if next(reads) == 7:
             raise OSError(28, "No space left on device")
-        return read(*arguments)
+        return read(self, *arguments)
 
-    read = slice_module.read_cut
-    monkeypatch.setattr(slice_module, "read_cut", failing)
+    monkeypatch.setattr(StoredTensor, "blocks", failing)
     with pytest.raises(OSError, match="No space left"):
         extract(checkpoint.config(tmp_path / "new" / "out", max_shard_bytes=3000))
     assert not list(tmp_path.iterdir())

@@ -166,10 +166,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_shard(lambda t: t.update({EMBEDDING: torch.ones(3, 2)})),
         r"tensor backbone.embeddings.weight has shape \(3, 2\), config.json asks for \(40, 13\)",
     ),
-    "missing tensor": (edit_shard(lambda t: t.pop(EMBEDDING)), f"tensor {EMBEDDING} is missing"),  # type: ignore
+    "missing tensor": (edit_shard(lambda t: t.pop(EMBEDDING)), f"has no tensor {EMBEDDING}, though"),  # type: ignore
     "unknown tensor": (
         edit_shard(lambda t: t.update(extra=torch.ones(1))),
-        "unknown tensor extra",
+        "has no entry for tensor extra",
     ),
     "integers": (
         edit_shard(lambda t: t.update({EMBEDDING: t[EMBEDDING].int()})),

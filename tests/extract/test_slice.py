@@ -11,7 +11,7 @@ from strategies import kept_regions, tiny_shape
 
 from elastic.architecture import Architecture, MLPLayer
 from elastic.cut import member_cuts, tensor_shapes
-from elastic.extract.slice import open_member, pad, read_cut, stored_shape
+from elastic.extract.slice import open_member, padded, stored_shape
 from elastic.parent import HybridParent
 
 
@@ -45,7 +45,7 @@ def test_exactly_the_members_elements_are_read(checkpoint: Any, reads: Any, budg
         tensor.read()
     assert reads.elements == member.parameters
     dropped = {"backbone.layers.3"} if budget == "small" else set()
-    assert not dropped & {key.rsplit(".mixer", 1)[0] for key, _ in reads.blocks}
+    assert not dropped & {key.rsplit(".mixer", 1)[0] for key in reads.names}
 
 
 def test_padding_is_not_read(mixed: Any, reads: Any) -> None:
@@ -55,26 +55,16 @@ def test_padding_is_not_read(mixed: Any, reads: Any) -> None:
     assert reads.elements == member.parameters < stored == member.stored_parameters
 
 
-def test_read_cut_keeps_ranges_in_order_and_owns_its_memory(checkpoint: Any) -> None:
-    """Ranges on two dimensions at once, converted on the way."""
-    store = open_member(checkpoint.path, "full").store
-    whole = store["backbone.layers.0.mixer.in_proj.weight"]
-    part = read_cut(
-        store.slice("backbone.layers.0.mixer.in_proj.weight"),
-        (((1, 3), (5, 6), (9, 12)), ((0, 2), (4, 7))),
-        torch.bfloat16,
-    )
-    rows, columns = [1, 2, 5, 9, 10, 11], [0, 1, 4, 5, 6]
-    assert torch.equal(part, whole[rows][:, columns].bfloat16())
-    assert part.untyped_storage().nbytes() == part.numel() * 2
-
-
-def test_pad_puts_zeros_behind_the_units_of_every_group() -> None:
-    """Two groups of two rows become two groups of three."""
+@pytest.mark.parametrize("block_bytes", [1, 12, 1000])
+def test_padding_puts_zeros_behind_the_units_of_every_group(block_bytes: int) -> None:
+    """Two groups of two rows become two groups of three, whatever the blocks."""
     compact = torch.arange(1.0, 9).view(4, 2)
-    padded = pad(compact, (((0, 2), (3, 5)), None), (6, 2))
-    assert torch.equal(padded[[0, 1, 3, 4]], compact)
-    assert padded[[2, 5]].abs().sum() == 0
+    for size in (1, 3, 4):
+        blocks = compact.split(size)
+        place = (((0, 2), (3, 5)), ((0, 1), (2, 3)))
+        out = torch.cat(list(padded(blocks, place, (6, 3), block_bytes)))
+        assert torch.equal(out[[0, 1, 3, 4]][:, [0, 2]], compact)
+        assert out.count_nonzero() == compact.numel() and out.shape == (6, 3)
 
 
 def test_padded_query_heads_sit_inside_their_kv_group(mixed: Any) -> None:

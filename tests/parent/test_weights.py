@@ -20,14 +20,8 @@ from transformers import NemotronHForCausalLM
 
 from elastic.config import ParentShape
 from elastic.parent import HybridParent
-from elastic.parent.weights import (
-    load_parent,
-    locate,
-    read_config,
-    read_shape,
-    save_parent,
-    stock_config,
-)
+from elastic.parent.stock import read_config, read_shape, stock_config
+from elastic.parent.weights import load_parent, locate, save_parent
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"

@@ -1,0 +1,124 @@
+"""config.json of Nemotron-H, of either era <-> sizes of a parent. No torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic.config import ConfigError, ParentShape
+
+SPELLINGS = {
+    "linear_attention": "M",
+    "mamba": "M",
+    "mlp": "-",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+}
+"""Both spellings of `layers_block_type`, by pattern letter."""
+
+_STOCK_NAMES = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_attention"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Nemotron-H checkpoint; `ValueError` for another model."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; {directory} is not a Hugging Face checkpoint")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a Hugging Face config.json")
+    if config.get("model_type") != "nemotron_h":
+        raise ValueError(
+            f"{path}: model_type={config.get('model_type')} must be nemotron_h; "
+            "other models cannot be a parent"
+        )
+    return config
+
+
+def read_shape(config: dict[str, Any]) -> ParentShape:
+    """Sizes of a Nemotron-H config.json, of either era.
+
+    Raises:
+        ValueError: a field is missing, or asks for something that this parent does not compute.
+    """
+    fixed = {
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "use_bias": False,
+        "mlp_bias": False,
+        "mamba_proj_bias": False,
+        "attention_bias": False,
+        "sliding_window": None,
+    }
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config.json: {name}={config[name]} must be {value}")
+    pattern = config.get("hybrid_override_pattern")
+    if pattern is None:
+        types = config.get("layers_block_type") or config.get("layer_types") or []
+        pattern = "".join(SPELLINGS.get(name, "?") for name in types)
+    try:
+        return ParentShape(
+            pattern=pattern,
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            intermediate_size=config["intermediate_size"],
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"] if "head_dim" in config else config["attention_head_dim"],
+            mamba_num_heads=config["mamba_num_heads"],
+            mamba_head_dim=config["mamba_head_dim"],
+            n_groups=config["n_groups"],
+            ssm_state_size=config["ssm_state_size"],
+            conv_kernel=config.get("conv_kernel", 4),
+            conv_bias=config.get("use_conv_bias", True),
+            tied_head=config.get("tie_word_embeddings", False),
+            norm_eps=config.get("layer_norm_epsilon", config.get("norm_eps", 1e-5)),
+            time_step_min=config.get("time_step_min", 1e-3),
+            max_position_embeddings=config.get("max_position_embeddings", 4096),
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"config.json: a size is not a number ({error})") from error
+    except ConfigError as error:
+        raise ValueError(f"config.json: {error}".replace("parent.shape.", "")) from error
+
+
+def stock_config(shape: ParentShape, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json for these sizes in both spellings, over whatever else `base` says.
+
+    Stock transformers reads `layers_block_type`; other engines read `hybrid_override_pattern` and
+    `num_hidden_layers`.
+    """
+    config = dict(base or {"chunk_size": 128, "torch_dtype": "float32"})
+    for stale in ("layer_types", "attention_head_dim", "norm_eps", "auto_map"):
+        config.pop(stale, None)
+    return config | {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "layers_block_type": [_STOCK_NAMES[kind] for kind in shape.kinds],
+        "hybrid_override_pattern": shape.pattern,
+        "num_hidden_layers": len(shape.pattern),
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "mamba_num_heads": shape.mamba_num_heads,
+        "mamba_head_dim": shape.mamba_head_dim,
+        "n_groups": shape.n_groups,
+        "ssm_state_size": shape.ssm_state_size,
+        "conv_kernel": shape.conv_kernel,
+        "use_conv_bias": shape.conv_bias,
+        "tie_word_embeddings": shape.tied_head,
+        "layer_norm_epsilon": shape.norm_eps,
+        "time_step_min": shape.time_step_min,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+    }
