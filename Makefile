@@ -35,8 +35,8 @@ demo: $(STAMP)  ## train the tiny family, cut its members out, and show what the
 	$(BIN)/python extract.py checkpoint=$(DEMO)/elastic budget=small output=$(DEMO)/members/small
 	$(BIN)/python -m elastic.evaluate run_dir=$(DEMO) members=$(DEMO)/members
 
-test: lint types $(KERNELS)  ## lint, types and the whole suite
-	$(BIN)/python -m pytest
+test: lint types $(KERNELS)  ## lint, types and the whole suite, one worker per core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slurm: $(STAMP)  ## slurm/ and hydra/launcher=slurm on a real Slurm of one machine
 	tests/slurm/install

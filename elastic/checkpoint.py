@@ -1,11 +1,13 @@
 """Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +17,8 @@ from elastic.family import Family
 from elastic.files import atomic_directory, digest
 from elastic.importance import Ranking
 from elastic.manifest import Manifest, Member
-from elastic.parent.weights import save_weights
+from elastic.parent.companions import copy_companions, licence_of
+from elastic.parent.weights import open_weights, save_weights
 from elastic.resume import Pieces
 from elastic.search import Choice
 from elastic.tensors import Pending
@@ -45,15 +48,23 @@ def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any]
     return {"chunk_size": 128, **ids}
 
 
-def _weights(shape: ParentShape, pieces: Pieces) -> list[Pending]:
+def _weights(
+    shape: ParentShape, pieces: Pieces, dtypes: Mapping[str, torch.dtype]
+) -> list[Pending]:
     """A checkpoint's weights under their stored names, each assembled when it is written."""
 
     def pending(name: str, size: tuple[int, ...]) -> Pending:
         tied = shape.tied_head and name == "lm_head.weight"  # stored twice all the same
         stored = "backbone.embeddings.weight" if tied else name
-        return Pending.of(name, size, pieces.dtype(stored), lambda: pieces.weight(stored, size))
+        dtype = dtypes.get(name, pieces.dtype(stored))
+        return Pending.of(name, size, dtype, lambda: pieces.weight(stored, size))
 
     return [pending(name, size) for name, size in tensor_shapes(shape).items()]
+
+
+def _dtypes(source: Path) -> dict[str, torch.dtype]:
+    """Type of every tensor of a checkpoint."""
+    return {name: tensor.dtype for name, tensor in open_weights(source)[1].items()}
 
 
 def write_parent(
@@ -65,7 +76,7 @@ def write_parent(
 ) -> None:
     """Write a parent that was trained here as an ordinary checkpoint with its tokenizer."""
     with atomic_directory(directory, replace=True) as temporary:
-        save_weights(temporary, shape, _weights(shape, pieces), base_config)
+        save_weights(temporary, shape, _weights(shape, pieces, {}), base_config)
         tokenizer.save_pretrained(temporary)
 
 
@@ -77,6 +88,11 @@ def is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
         return False
 
 
+def _hub_id(path: str | None) -> str | None:
+    """What the hub calls a parent; None for a directory, which others do not have."""
+    return None if path is None or Path(path).is_dir() else path
+
+
 def write_elastic(
     directory: Path,
     config: RunConfig,
@@ -84,31 +100,41 @@ def write_elastic(
     pieces: Pieces,
     tokenizer: PreTrainedTokenizerBase,
     base_config: dict[str, Any],
+    source: Path | None,
     family: Family,
     choices: dict[str, Choice],
     ranking: Ranking,
     tokens_seen: dict[str, int],
 ) -> None:
     """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
-    then. No more than one tensor of the weights is in memory."""
+    then.
+
+    No more than one tensor of the weights is in memory. Those of a parent that came as a checkpoint
+    (`source`) are written in the types that they had there, and its licence comes along.
+    """
     budgets = {
         name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
         for name, choice in choices.items()
     }
     provenance = {
         "parent": config.parent.path or "trained in this run",
+        "base_model": _hub_id(config.parent.path),
         "config": digest(asdict(config)),
         "tokens_seen": tokens_seen,
         "versions": {name: version(name) for name in PACKAGES},
         "git_revision": git_revision(),
         "frozen": family.frozen is not None,
+        "licence": {} if source is None else licence_of(source),
     }
     manifest = Manifest(
         budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
     )
     with atomic_directory(directory, replace=True) as temporary:
-        save_weights(temporary, shape, _weights(shape, pieces), base_config)
+        dtypes = {} if source is None else _dtypes(source)
+        save_weights(temporary, shape, _weights(shape, pieces, dtypes), base_config)
         tokenizer.save_pretrained(temporary)
+        if source is not None:
+            copy_companions(source, temporary, tokenizer=False)
         router = {
             name: weight.detach().cpu().clone()
             for name, weight in family.router.state_dict().items()

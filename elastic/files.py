@@ -1,5 +1,7 @@
 """Files that are whole or not there: temporary name, fsync, rename. No torch."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -21,9 +23,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: Path, whose: str | None = None) -> Path:
     """A name beside `path`, on the same file system, that only this process uses."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{os.getpid() if whose is None else whose}")
 
 
 def _old(path: Path) -> Path:
@@ -42,10 +44,14 @@ def sweep(directory: Path) -> None:
     Nobody else may be writing there.
     """
     for leftover in list(directory.rglob(LEFTOVERS)):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        _remove(leftover)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def recover(path: Path) -> None:
@@ -64,7 +70,8 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+        named = getattr(error, "filename", None) is not None
+        if named or isinstance(error, FileExistsError):
             raise
         raise OSError(f"{path}: could not be written ({error})") from error
 
@@ -94,39 +101,116 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     gone.
 
     A directory cannot be renamed over one that is not empty: with `replace` the old one steps aside
-    first, as `.<name>.old`, and comes back if this was stopped right then (see `recover`).
+    first, as `.<name>.old`, and comes back if this was stopped right then (see `recover`). One
+    process writes at a time: with `replace` others wait for it, without they are refused. What
+    killed ones have left of `path` is removed.
 
     Raises:
-        FileExistsError: `path` exists and `replace` is false; nothing is written.
+        FileExistsError: `path` exists, or somebody is writing it, and `replace` is false; nothing
+            is written.
         OSError: the disk is full, say; names `path`.
     """
-    recover(path)
-    if path.exists() and not replace:
-        raise FileExistsError(f"{path} exists already; nothing was written")
+    _refuse_existing(path, replace)
     made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     done = False
     try:
-        with _named(path):
-            yield temporary
-            for file in (*temporary.rglob("*"), temporary):
-                sync(file)
-            if path.exists():
-                os.rename(path, _old(path))
-            os.rename(temporary, path)
-            sync(path.parent)
-        done = True
-    finally:
-        recover(path)
-        if not done:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(path, wait=replace):
+            recover(path)
+            _refuse_existing(path, replace)
+            temporary = _temporary(path)
             shutil.rmtree(temporary, ignore_errors=True)
-            parent = path.parent
-            while parent != made and parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()  # folders that only this attempt had made
-                parent = parent.parent
+            temporary.mkdir()
+            try:
+                with _named(path):
+                    yield temporary
+                    for file in (*temporary.rglob("*"), temporary):
+                        sync(file)
+                    _refuse_existing(path, replace)
+                    if path.exists():
+                        os.rename(path, _old(path))
+                    os.rename(temporary, path)
+                    sync(path.parent)
+                done = True
+            finally:
+                recover(path)
+                if not done:
+                    shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        parent = path.parent
+        while not done and parent != made and parent.exists() and not any(parent.iterdir()):
+            parent.rmdir()  # folders that only this attempt had made
+            parent = parent.parent
+
+
+def _refuse_existing(path: Path, replace: bool) -> None:
+    if path.exists() and not replace:
+        raise FileExistsError(f"{path} exists already; nothing was written")
+
+
+@contextmanager
+def _only_writer(path: Path, wait: bool) -> Iterator[None]:
+    """Be the only one who writes `path`, on this machine or another of the same file system; what
+    others have left of it is removed, since by then they are dead.
+
+    The lock is the kernel's (flock) on a file beside `path`, which a killed process gives up. Where
+    the file system has no locks nobody is kept out, and nothing of others is removed.
+    """
+    lock = _temporary(path, "lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            alone = True
+        except OSError as error:
+            alone = False
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise FileExistsError(
+                    f"{path} is being written by another process; nothing was written"
+                ) from None
+        if _has_name(descriptor, lock):
+            break
+        os.close(descriptor)  # its owner took it away between our opening and locking it
+    try:
+        for leftover in list(path.parent.iterdir()) if alone else []:
+            if leftover.name.startswith(_temporary(path, "").name) and leftover != lock:
+                _remove(leftover)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        os.close(descriptor)
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def require_space(path: Path, size: int) -> None:
+    """Stop before so many bytes are written where they do not fit.
+
+    Raises:
+        OSError: the file system of `path`, which need not exist yet, has less left.
+    """
+    place = next(p for p in (path, *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise OSError(
+            f"{path}: needs {_in_words(size)}, but only {_in_words(free)} are free there; make "
+            "room or write elsewhere"
+        )
+
+
+def _in_words(size: int) -> str:
+    """Bytes for people: 17.8 GB."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:,} bytes"
 
 
 def write_json(path: Path, value: Any) -> None:

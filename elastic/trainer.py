@@ -3,6 +3,7 @@
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from elastic.cost import parameters
 from elastic.curriculum import Stage, budget_probabilities, check_budgets, plan
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
 from elastic.family import Family, describe
-from elastic.files import recover, sweep
-from elastic.importance import Ranking, rank, sort_parent
+from elastic.files import atomic_directory, recover, sweep
+from elastic.importance import Ranking, is_sorted, rank, read_ranking, sort_checkpoint
 from elastic.loggers import MetricsFile, build_loggers
 from elastic.losses import check_objective
 from elastic.module import PARENT, ElasticModule
 from elastic.parent import HybridParent
 from elastic.parent.ssd import resolve_kernels
-from elastic.parent.stock import read_config, read_shape
-from elastic.parent.weights import load_parent, locate
+from elastic.parent.stock import read_config
+from elastic.parent.weights import load_parent, locate, open_weights
 from elastic.resume import CheckpointStore, Saved
 from elastic.router import Router, RouterOptimizer
 from elastic.run_dir import check_run_dir, write_config
@@ -85,7 +86,7 @@ class Run:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         sweep(self.run_dir)
-        for name in ("parent", "elastic"):
+        for name in ("parent", "sorted", "elastic"):
             recover(self.run_dir / name)
         write_config(self.config)
         self.data.save(self.run_dir / "data")
@@ -118,10 +119,9 @@ class Run:
             assert self.config.parent.shape is not None
             return None, None, self.config.parent.shape
         source = locate(self.config.parent.path)
-        parent_config = read_config(source)
-        shape = read_shape(parent_config)
+        shape, _ = open_weights(source)
         self.config.parent.check_shape(shape)
-        return source, parent_config, shape
+        return source, read_config(source), shape
 
     def _check_lengths(self) -> None:
         """Every sequence length must fit into the text, the calibration's too."""
@@ -171,12 +171,11 @@ class Run:
         checkpointing = self.config.parent.activation_checkpointing
         return HybridParent(self.shape, self.kernels, checkpointing)
 
-    def _first_parent(self) -> HybridParent:
-        """The unsorted parent: given, pretrained, or a random start."""
-        if self._original().is_dir():
-            checkpointing = self.config.parent.activation_checkpointing
-            return load_parent(self._original(), self.kernels, checkpointing)
+    def _random_parent(self) -> HybridParent:
         return self._blank_parent().initialise(torch.Generator().manual_seed(self.config.seed))
+
+    def _load_parent(self, directory: Path) -> HybridParent:
+        return load_parent(directory, self.kernels, self.config.parent.activation_checkpointing)
 
     def _stored_teacher(self) -> Teacher | None:
         """The teacher, where its words are on disk."""
@@ -206,7 +205,7 @@ class Run:
         directory = self.run_dir / "parent"
         if not stages or directory.is_dir():
             return
-        self._run_stages(stages, None, None, None, loggers)
+        self._run_stages(stages, self._random_parent, None, None, loggers)
         saved = self.store.latest
         assert saved is not None
         if self.place.rank == 0:
@@ -219,22 +218,10 @@ class Run:
     def _train_family(self, loggers: list) -> Path:
         """Rank, sort, and train all budgets together."""
         config = self.config
-        parent = self._first_parent()
+        ranking = self._rank()
         teacher = self.teacher or self._stored_teacher()
         if teacher is None and config.objective.teacher != "in_place":
-            teacher = self._build_teacher(parent)
-        with first_alone(self.place):
-            ranking = rank(
-                (parent.to(self.device) if self.place.rank == 0 else parent).eval(),
-                self._calibration().to(self.device),
-                config.importance,
-                self.space,
-                config.seed,
-                self.data.fingerprint,
-                self.run_dir / "importance" / "scores.safetensors",
-            )
-        sort_parent(parent.cpu().train(), ranking.orders)
-        log.info("weights sorted; layers by importance, least first: %s", list(ranking.drop_order))
+            teacher = self._build_teacher(self._load_parent(self._original()))
         generator = torch.Generator().manual_seed(config.seed + 1)
         router = Router(self.space, len(self.targets), config.router, generator)
         family = Family(
@@ -247,13 +234,45 @@ class Run:
             config.objective,
         )
         stages = [stage for stage in self.stages if stage.config.mode == "elastic"]
-        self._run_stages(stages, parent, family, (teacher, ranking), loggers)
+        self._run_stages(
+            stages, lambda: self._sorted_parent(ranking), family, (teacher, ranking), loggers
+        )
         return self.run_dir / "elastic"
+
+    def _rank(self) -> Ranking:
+        """Rank on the first process; the others read what it has written."""
+        scores = self.run_dir / "importance" / "scores.safetensors"
+        with first_alone(self.place):
+            if self.place.rank != 0:
+                smallest_head_dim = self.space.choices["mamba_head_dim"][-1]
+                return read_ranking(scores, self.shape, smallest_head_dim)
+            ranking = rank(
+                self._original(),
+                lambda: self._load_parent(self._original()).to(self.device).eval(),
+                self._calibration().to(self.device),
+                self.config.importance,
+                self.space,
+                self.config.seed,
+                self.data.fingerprint,
+                scores,
+            )
+        log.info("layers by importance, least first: %s", list(ranking.drop_order))
+        return ranking
+
+    def _sorted_parent(self, ranking: Ranking) -> HybridParent:
+        """Where elastic training starts; sorted on disk by the first process, once."""
+        directory = self.run_dir / "sorted"
+        with first_alone(self.place):
+            if self.place.rank == 0 and not is_sorted(directory, ranking):
+                log.info("sorting the weights into %s", directory)
+                with atomic_directory(directory, replace=True) as temporary:
+                    sort_checkpoint(self._original(), temporary, ranking)
+        return self._load_parent(directory)
 
     def _run_stages(
         self,
         stages: list[Stage],
-        sorted_parent: HybridParent | None,
+        start: Callable[[], HybridParent],
         family: Family | None,
         elastic: tuple[Teacher | None, Ranking] | None,
         loggers: list,
@@ -273,7 +292,7 @@ class Run:
                 parent = self._blank_parent()
                 saved.pieces.load_weights(parent)
             else:
-                parent = sorted_parent or self._first_parent()
+                parent = start()
             probabilities = budget_probabilities(stage.config, list(self.targets))
             module = ElasticModule(
                 parent,
@@ -367,6 +386,7 @@ class Run:
                 saved.pieces,
                 self.data.tokenizer,
                 self.base_config,
+                self.source,
                 family,
                 choices,
                 ranking,

@@ -22,8 +22,8 @@ from typing import Any
 
 import elastic.checkpoint
 import elastic.launch
-import elastic.parent.weights
 import elastic.resume.store
+import elastic.tensors.writing
 import elastic.trainer
 from elastic.callbacks import BudgetValidation
 from elastic.family import Family
@@ -45,7 +45,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "stage change": [
         (elastic.checkpoint, "write_parent"),
         (elastic.trainer, "rank"),
-        (elastic.trainer, "sort_parent"),
+        (elastic.trainer, "sort_checkpoint"),
         (elastic.checkpoint, "write_elastic"),
     ],
 }
@@ -59,7 +59,7 @@ OPERATIONS: list[tuple[Any, str]] = [*FILES, (shutil, "rmtree"), (HybridParent, 
 WRITERS: list[tuple[Any, str]] = [
     (elastic.resume.store, "save_file"),
     (elastic.checkpoint, "save_file"),
-    (elastic.parent.weights, "save_file"),
+    (elastic.tensors.writing, "write_shard"),
     (sys.modules["elastic.importance.rank"], "save_file"),
 ]
 """Points are in the midst of these: half of the file is there."""

@@ -93,7 +93,9 @@ def shapes(draw: st.DrawFn, pattern: str | None = None, max_layers: int = 5) -> 
         conv_kernel=draw(st.integers(1, 4)),
         conv_bias=draw(st.booleans()),
         tied_head=draw(st.booleans()),
-        norm_eps=draw(st.sampled_from([1e-5, 1e-3])),
+        # Not 1e-5: where a drawn residual happens to be near zero, the norm multiplies what float32
+        # has rounded by 1 / sqrt(eps), in stock transformers too. Fixed shapes have 1e-5.
+        norm_eps=draw(st.sampled_from([1e-4, 1e-2])),
         time_step_min=draw(st.sampled_from([1e-4, 1e-3, 0.05])),
     )
 

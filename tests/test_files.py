@@ -1,7 +1,11 @@
 """Files and directories are whole or not there: an exception leaves the old, and no litter."""
 
+import errno
+import fcntl
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +159,107 @@ def test_litter_of_a_killed_process_with_the_same_id_is_cleared(tmp_path: Path) 
     with atomic_directory(tmp_path / "out") as temporary:
         (temporary / "file").write_text("new")
     assert tree(tmp_path) == {"out": "<dir>", "out/file": "new"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from elastic.files import atomic_directory
+
+path, replace, name = Path(sys.argv[1]), sys.argv[2] == "replace", sys.argv[3]
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with atomic_directory(path, replace=replace) as temporary:
+        print("writing", flush=True)
+        for number in range(20):
+            (temporary / f"{name} {number}").write_text(name)
+            time.sleep(0.01)
+        if name == "stuck":
+            time.sleep(600)
+    print("wrote", flush=True)
+except FileExistsError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+
+def writer(path: Path, replace: str, name: str) -> subprocess.Popen[str]:
+    """A process that waits for a line, and then writes a directory of 20 files."""
+    arguments = [sys.executable, "-c", WRITER, str(path), replace, name]
+    child = subprocess.Popen(arguments, stdin=-1, stdout=-1, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    return child
+
+
+def last_line(child: subprocess.Popen[str]) -> str:
+    return child.communicate()[0].splitlines()[-1]
+
+
+@pytest.mark.parametrize("replace", ["replace", "refuse"])
+def test_processes_that_write_one_directory_at_once(tmp_path: Path, replace: str) -> None:
+    """With replace all of them, one after the other; without, the first. Never a mixture."""
+    path = tmp_path / "new" / "out"
+    children = [writer(path, replace, str(number)) for number in range(4)]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    said = sorted(last_line(child) for child in children)
+    if replace == "replace":
+        assert said == ["wrote"] * 4
+    else:
+        assert said[-1] == "wrote" and all(
+            line.startswith(f"refused: {path} ") for line in said[:3]
+        )
+    assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+    written = tree(path)
+    assert len(written) == 20 and len(set(written.values())) == 1
+
+
+def test_what_a_killed_process_has_left_goes_and_what_a_living_one_writes_stays(
+    tmp_path: Path,
+) -> None:
+    child = writer(tmp_path / "out", "refuse", "stuck")
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "writing\n"
+    half = tmp_path / f".out.tmp-{child.pid}"
+    with pytest.raises(FileExistsError, match="out is being written by another process; nothing"):
+        with atomic_directory(tmp_path / "out"):
+            raise AssertionError("the block must not run")
+    with atomic_directory(tmp_path / "out.tmp-2") as temporary:
+        (temporary / "file").write_text("of another name")
+    assert half.is_dir()
+    child.kill()
+    child.wait()
+    child.communicate()
+    assert half.is_dir()
+    with atomic_directory(tmp_path / "out") as temporary:
+        assert not half.exists()
+        (temporary / "file").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.tmp-2"}
+
+
+def test_without_locks_nobody_is_kept_out_and_nothing_of_others_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".out.tmp-1").mkdir()
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "file").write_text("new")
+    assert tree(tmp_path) == {".out.tmp-1": "<dir>", "out": "<dir>", "out/file": "new"}
+
+
+def test_a_directory_that_appears_while_its_successor_is_written_stays(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="out exists already; nothing was written$"):
+        with atomic_directory(tmp_path / "out"):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "file").write_text("somebody else's")
+    assert tree(tmp_path) == {"out": "<dir>", "out/file": "somebody else's"}
 
 
 def test_a_directory_is_on_disk_before_its_name(

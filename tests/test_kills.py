@@ -12,18 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kills import (
-    ENVIRONMENT,
-    ROOT,
-    Harness,
-    Starter,
-    differences,
-    kill_often,
-    losses_apart,
-    overrides,
-    starter,
-    weights_apart,
-)
+from kills import ENVIRONMENT, ROOT, Harness, Starter, kill_often, overrides, starter
+from run_differences import differences, losses_apart, weights_apart
 
 SOFT, SLICED, END = "01-short-000000003", "01-short-000000009", "01-short-000000010"
 """Checkpoints: before the freeze, after it, and at a stage's end."""

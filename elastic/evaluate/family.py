@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from transformers import AutoTokenizer, NemotronHForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
 from elastic.data import PackedTokens, load_tokens
 from elastic.files import write_json
-from elastic.importance import read_orders, sort_parent
+from elastic.importance import read_ranking, sort_parent
 from elastic.manifest import Manifest
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent, locate
@@ -73,11 +73,11 @@ def _directory(config: EvaluateConfig, budget: str) -> Path | None:
 
 
 def _stock(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCausalLM:
-    """A member in stock transformers: from its own directory, or cut in memory."""
+    """A member in transformers: from its own directory, or cut in memory."""
     directory = _directory(config, budget)
     if directory is None:
         return load(elastic, budget)
-    return NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def _parent(run_dir: Path) -> HybridParent:
@@ -105,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
     smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]
     scores = run_dir / "importance" / "scores.safetensors"
-    sort_parent(parent, read_orders(scores, parent.shape, smallest_head_dim))
+    sort_parent(parent, read_ranking(scores, parent.shape, smallest_head_dim).orders)
     rows = []
     for budget, member in manifest.budgets.items():
         model = _stock(config, elastic, budget)
@@ -117,8 +117,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         rows.append(
             Figures(
                 budget=budget,
-                params=sum(weight.numel() for weight in weights),
-                share=sum(weight.numel() for weight in weights) / parent_params,
+                params=member.params,  # without the zeros of a padded export
+                share=member.params / parent_params,
                 bytes=sum(weight.numel() * weight.element_size() for weight in weights),
                 loss=loss,
                 perplexity=math.exp(loss),
@@ -138,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     output = Path(config.output) if config.output else run_dir / "family.json"
     write_json(output, family)
     print(table(parent_loss, parent_params, rows))
-    print(f"\n{smallest}, loaded by stock transformers, continues:")
+    print(f"\n{smallest}, loaded by transformers, continues:")
     for continuation in text:
         print("\n".join("    " + line for line in continuation.splitlines()))
         print("    " + "-" * 40)

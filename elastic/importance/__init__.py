@@ -1,7 +1,15 @@
 """Importance: collect activation statistics, score, rank, and sort the parent once."""
 
-from elastic.importance.rank import Ranking, rank, read_orders
+from elastic.importance.rank import Ranking, rank, read_ranking
 from elastic.importance.score import Orders
-from elastic.importance.sort import sort_parent
+from elastic.importance.sort import is_sorted, sort_checkpoint, sort_parent
 
-__all__ = ["Orders", "Ranking", "rank", "read_orders", "sort_parent"]
+__all__ = [
+    "Orders",
+    "Ranking",
+    "is_sorted",
+    "rank",
+    "read_ranking",
+    "sort_checkpoint",
+    "sort_parent",
+]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from elastic.files import atomic_file, digest
 from elastic.importance.collect import collect_scores, rank_layers
 from elastic.importance.score import Orders, rank_widths
 from elastic.parent import HybridParent
+from elastic.parent.weights import open_weights
+from elastic.tensors import TensorStore
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +39,19 @@ class Ranking:
         return {"drop_order": list(self.drop_order), "key": self.key, "settings": asdict(config)}
 
 
-def fingerprint(parent: HybridParent) -> str:
-    """Hash of all weights."""
+def fingerprint(store: TensorStore) -> str:
+    """Hash of all weights as they are stored."""
     total = hashlib.sha256()
-    for name, weight in sorted(parent.state_dict().items()):
-        total.update(name.encode())
-        total.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for name in sorted(store):
+        total.update(f"{name} {store[name].dtype}".encode())
+        for block in store[name].blocks():
+            total.update(block.view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
 
 def rank(
-    parent: HybridParent,
+    source: Path,
+    load: Callable[[], HybridParent],
     calibration: Tensor,
     config: ImportanceConfig,
     space: Space,
@@ -57,12 +62,17 @@ def rank(
     """Scores of every axis, from `path` if they were computed from the same parent, data and
     settings.
 
-    calibration (samples, t) int64. Only what the space can drop or shrink needs a depth ranking.
+    Args:
+        source: checkpoint of the unsorted parent.
+        load: makes that parent, in evaluation mode, where it is to run; not called for scores that
+            are there already.
+        calibration: (samples, t) int64, where the parent is.
+
+    Only what the space can drop or shrink needs a depth ranking.
     """
-    smallest_head_dim = space.choices["mamba_head_dim"][-1]
     key = digest(
         {
-            "parent": fingerprint(parent),
+            "parent": fingerprint(open_weights(source)[1]),
             "data": data_fingerprint,
             "calibration": list(calibration.shape),
             "settings": asdict(config),
@@ -70,8 +80,9 @@ def rank(
             "seed": seed,
         }
     )
-    stored = _load(path, key)
-    if stored is None:
+    stored = _read(path)
+    if stored is None or stored[1].get("key") != key:
+        parent = load()
         scores = collect_scores(parent, calibration, config)
         generator = torch.Generator().manual_seed(seed)
         order, rounds = rank_layers(parent, calibration, config, space.max_dropped, generator)
@@ -80,18 +91,20 @@ def rank(
             save_file(scores, temporary, {"key": key, "depth": depth})
         log.info("importance scores written to %s", path)
     else:
-        scores, order, rounds = stored
         log.info("importance scores reused from %s", path)
-    orders = rank_widths(parent.shape, scores, smallest_head_dim)
-    return Ranking(orders, tuple(order), key, rounds)
+    return read_ranking(path, space.shape, space.choices["mamba_head_dim"][-1])
 
 
-def read_orders(path: Path, shape: ParentShape, smallest_head_dim: int) -> Orders:
-    """Width orders of a finished ranking; `ValueError` when there is none."""
+def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Ranking:
+    """A finished ranking; `ValueError` when there is none."""
     stored = _read(path)
     if stored is None:
         raise ValueError(f"{path}: no finished ranking there; run train.py on this run_dir first")
-    return rank_widths(shape, stored[0], smallest_head_dim)
+    scores, metadata = stored
+    depth = json.loads(metadata["depth"])
+    rounds = [{int(layer): error for layer, error in trial.items()} for trial in depth["rounds"]]
+    orders = rank_widths(shape, scores, smallest_head_dim)
+    return Ranking(orders, tuple(depth["order"]), metadata["key"], rounds)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
@@ -101,15 +114,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError):
         return None
-
-
-def _load(
-    path: Path, key: str
-) -> tuple[dict[str, Tensor], list[int], list[dict[int, float]]] | None:
-    """Stored scores, if they are there and belong to this key."""
-    stored = _read(path)
-    if stored is None or stored[1].get("key") != key:
-        return None
-    depth = json.loads(stored[1]["depth"])
-    rounds = [{int(layer): error for layer, error in trial.items()} for trial in depth["rounds"]]
-    return stored[0], depth["order"], rounds

@@ -1,13 +1,36 @@
-"""Permute the parent's weights once, so that members are prefixes; the function stays the same."""
+"""Permute the parent's weights once, so that members are prefixes; the function stays the same.
 
-from typing import Any
+One table says which tensor is permuted how; it is applied to a model in memory, and to a checkpoint
+on disk row block by row block.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from elastic.config import ParentShape
+from elastic.cut import Ranges, tensor_shapes
+from elastic.files import write_json
+from elastic.importance.rank import Ranking
 from elastic.importance.score import Orders
 from elastic.parent import HybridParent
+from elastic.parent.companions import copy_companions
+from elastic.parent.stock import read_config
+from elastic.parent.weights import open_weights, save_weights
+from elastic.tensors import Pending, StoredTensor
+
+RANKING = "ranking.json"
+"""Says by which ranking a checkpoint was sorted."""
+
+Permutation = tuple[Tensor | None, Tensor | None]
+"""Order of the rows and of the columns of a tensor; entry 0 is what comes first, None: as it is."""
 
 
 def head_units(order: Tensor, width: int) -> Tensor:
@@ -26,59 +49,126 @@ def check_orders(shape: ParentShape, orders: Orders) -> None:
         assert torch.equal(order // size, group), "a head left its group"
 
 
-@torch.no_grad()
-def sort_parent(parent: HybridParent, orders: Orders, check: bool = True) -> None:
-    """Reorder every tensor in place (arXiv 2511.16664, section 3.1).
-
-    `check=False` is for the test that shows why heads must stay in their group.
-    """
-    shape = parent.shape
-    if check:
-        check_orders(shape, orders)
+def permutations(shape: ParentShape, orders: Orders) -> dict[str, Permutation]:
+    """How every stored tensor is reordered (arXiv 2511.16664, section 3.1), by its name."""
     hidden = orders.hidden
-    _permute(parent.backbone.embeddings.weight, 1, hidden)
-    if not shape.tied_head:
-        _permute(parent.lm_head.weight, 1, hidden)
-    _permute(parent.backbone.norm_f.weight, 0, hidden)
-    block: Any  # nn.Module attributes have no types
-    for index, block in enumerate(parent.backbone.layers):
-        mixer = block.mixer
-        _permute(block.norm.weight, 0, hidden)
-        if block.kind == "mlp":
-            _permute(mixer.up_proj.weight, 1, hidden)
-            _permute(mixer.up_proj.weight, 0, orders.ffn[index])
-            _permute(mixer.down_proj.weight, 1, orders.ffn[index])
-            _permute(mixer.down_proj.weight, 0, hidden)
-        elif block.kind == "attention":
+    table: dict[str, Permutation] = {
+        "backbone.embeddings.weight": (None, hidden),
+        "lm_head.weight": (None, hidden),
+        "backbone.norm_f.weight": (hidden, None),
+    }
+    for index, kind in enumerate(shape.kinds):
+        layer: dict[str, Permutation]
+        if kind == "mlp":
+            ffn = orders.ffn[index]
+            layer = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+        elif kind == "attention":
             units = head_units(orders.attention_heads[index], shape.head_dim)
-            for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj):
-                _permute(projection.weight, 1, hidden)
-            _permute(mixer.q_proj.weight, 0, units)
-            _permute(mixer.o_proj.weight, 1, units)
-            _permute(mixer.o_proj.weight, 0, hidden)
+            layer = {
+                "q_proj.weight": (units, hidden),
+                "k_proj.weight": (None, hidden),
+                "v_proj.weight": (None, hidden),
+                "o_proj.weight": (hidden, units),
+            }
         else:
-            _sort_mamba(mixer, shape, orders.mamba_heads[index], orders.mamba_channels[index])
-            _permute(mixer.in_proj.weight, 1, hidden)
-            _permute(mixer.out_proj.weight, 0, hidden)
+            heads, channels = orders.mamba_heads[index], orders.mamba_channels[index]
+            layer = _mamba(shape, hidden, heads, channels)
+        prefix = f"backbone.layers.{index}"
+        table[f"{prefix}.norm.weight"] = (hidden, None)
+        table |= {f"{prefix}.mixer.{name}": entry for name, entry in layer.items()}
+    return table
 
 
-def _sort_mamba(mixer: Any, shape: ParentShape, heads: Tensor, channels: Tensor) -> None:
+def _mamba(
+    shape: ParentShape, hidden: Tensor, heads: Tensor, channels: Tensor
+) -> dict[str, Permutation]:
     """Heads within groups, channels alike in every head; B and C are not touched."""
-    width = shape.mamba_head_dim
-    units = (heads[:, None] * width + channels).flatten()  # (h * p,)
+    units = (heads[:, None] * shape.mamba_head_dim + channels).flatten()  # (h * p,)
     inner = units.numel()
     state = torch.arange(2 * shape.n_groups * shape.ssm_state_size)
     rows = [units, inner + units, 2 * inner + state, 2 * inner + state.numel() + heads]
-    _permute(mixer.in_proj.weight, 0, torch.cat(rows))  # z, x, B and C, dt
     convolved = torch.cat([units, inner + state])  # x, B and C
-    _permute(mixer.conv1d.weight, 0, convolved)
-    if mixer.conv1d.bias is not None:
-        _permute(mixer.conv1d.bias, 0, convolved)
-    for weight in (mixer.A_log, mixer.D, mixer.dt_bias):
-        _permute(weight, 0, heads)
-    _permute(mixer.norm.weight, 0, units)
-    _permute(mixer.out_proj.weight, 1, units)
+    return {
+        "in_proj.weight": (torch.cat(rows), hidden),  # z, x, B and C, dt
+        "conv1d.weight": (convolved, None),
+        "conv1d.bias": (convolved, None),
+        "A_log": (heads, None),
+        "D": (heads, None),
+        "dt_bias": (heads, None),
+        "norm.weight": (units, None),
+        "out_proj.weight": (hidden, units),
+    }
 
 
-def _permute(weight: Tensor, dim: int, order: Tensor) -> None:
-    weight.copy_(weight.index_select(dim, order.to(weight.device)))
+@torch.no_grad()
+def sort_parent(parent: HybridParent, orders: Orders, check: bool = True) -> None:
+    """Reorder every tensor in place.
+
+    `check=False` is for the test that shows why heads must stay in their group.
+    """
+    if check:
+        check_orders(parent.shape, orders)
+    table = permutations(parent.shape, orders)
+    for name, weight in parent.named_parameters():  # a tied head comes once
+        for dim, order in enumerate(table[name]):
+            if order is not None:
+                weight.copy_(weight.index_select(dim, order.to(weight.device)))
+
+
+def sort_checkpoint(
+    source: Path,
+    target: Path,
+    ranking: Ranking,
+    max_shard_bytes: int = 4_000_000_000,
+) -> None:
+    """Write the sorted twin of a checkpoint into an existing directory, a row block at a time.
+
+    Every tensor keeps its type, and the files beside the weights come along. In memory there are a
+    few row blocks, whatever the size of the checkpoint.
+
+    Raises:
+        ValueError: the source is not a whole Nemotron-H checkpoint.
+        OSError: there is not enough space; nothing is written.
+    """
+    shape, store = open_weights(source)
+    check_orders(shape, ranking.orders)
+    table = permutations(shape, ranking.orders)
+    tensors = []
+    for name, size in tensor_shapes(shape).items():
+        blocks = partial(_sorted_blocks, store[name], table[name])
+        tensors.append(Pending(name, size, store[name].dtype, blocks))
+    with tqdm(
+        desc="sorting",
+        total=sum(tensor.bytes for tensor in tensors),
+        unit="B",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+    ) as bar:
+        save_weights(target, shape, tensors, read_config(source), max_shard_bytes, bar.update)
+    copy_companions(source, target)
+    write_json(target / RANKING, {"key": ranking.key})
+
+
+def is_sorted(directory: Path, ranking: Ranking) -> bool:
+    """Whether `sort_checkpoint` has written this directory, after that ranking."""
+    try:
+        found = json.loads((directory / RANKING).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(found == {"key": ranking.key})
+
+
+def _sorted_blocks(stored: StoredTensor, permutation: Permutation) -> Iterator[Tensor]:
+    """Rows are read in their new order, columns reordered in memory."""
+    rows, columns = permutation
+    cut = None if rows is None else (_runs(rows), *(None for _ in stored.shape[1:]))
+    for block in stored.blocks(cut):
+        yield block if columns is None else block.index_select(1, columns)
+
+
+def _runs(order: Tensor) -> Ranges:
+    """A permutation as ranges of consecutive indices, in its order."""
+    breaks = (torch.nonzero(order.diff() != 1).flatten() + 1).tolist()
+    ends = [0, *breaks, order.numel()]
+    return tuple((int(order[a]), int(order[b - 1]) + 1) for a, b in pairwise(ends))

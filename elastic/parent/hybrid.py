@@ -76,7 +76,8 @@ class Backbone(nn.Module):
 
     def __init__(self, shape: ParentShape, kernels: str) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        unread = torch.empty(shape.vocab_size, shape.hidden_size)  # not random: see Linear
+        self.embeddings = nn.Embedding(shape.vocab_size, shape.hidden_size, _weight=unread)
         self.layers = nn.ModuleList(Block(shape, kind, kernels) for kind in shape.kinds)
         self.norm_f = RMSNorm(shape.hidden_size, shape.norm_eps)
 

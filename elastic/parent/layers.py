@@ -113,6 +113,10 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: weights are read, or drawn by `HybridParent.initialise`; 12 billion random
+        numbers that nobody wants take minutes."""
+
     def forward(self, x: Tensor, cut: Cut | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs), both as narrowed by `cut`."""
         return F.linear(x, narrow(self.weight, cut))

@@ -18,8 +18,25 @@ SPELLINGS = {
 
 _STOCK_NAMES = {"mamba": "linear_attention", "mlp": "mlp", "attention": "full_attention"}
 
+_ALIASES = {
+    "n_groups": ("mamba_n_groups",),
+    "conv_kernel": ("mamba_d_conv",),
+    "use_conv_bias": ("mamba_conv_bias",),
+    "time_step_min": ("mamba_dt_min",),
+    "head_dim": ("attention_head_dim",),
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps"),
+}
+"""Older names of a field; those of Mamba win over the newer name in stock transformers too."""
 
-def read_config(directory: Path) -> dict[str, Any]:
+_STALE = (
+    "layer_types auto_map num_nextn_predict_layers mtp_layers_block_type "
+    "mtp_hybrid_override_pattern mamba_dt_max"
+).split()
+"""What a written config.json leaves out: other spellings of what it says, remote code (never run),
+and layers for multi-token prediction, which are not written either."""
+
+
+def read_config(directory: Path, model_types: tuple[str, ...] = ("nemotron_h",)) -> dict[str, Any]:
     """config.json of a Nemotron-H checkpoint; `ValueError` for another model."""
     path = directory / "config.json"
     if not path.is_file():
@@ -30,9 +47,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: not a Hugging Face config.json")
-    if config.get("model_type") != "nemotron_h":
+    if config.get("model_type") not in model_types:
         raise ValueError(
-            f"{path}: model_type={config.get('model_type')} must be nemotron_h; "
+            f"{path}: model_type={config.get('model_type')} must be {' or '.join(model_types)}; "
             "other models cannot be a parent"
         )
     return config
@@ -52,14 +69,19 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
         "mamba_proj_bias": False,
         "attention_bias": False,
         "sliding_window": None,
+        "quantization_config": None,
     }
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise ValueError(f"config.json: {name}={config[name]} must be {value}")
-    pattern = config.get("hybrid_override_pattern")
-    if pattern is None:
-        types = config.get("layers_block_type") or config.get("layer_types") or []
-        pattern = "".join(SPELLINGS.get(name, "?") for name in types)
+    pattern = _pattern(config)
+    config = dict(config)
+    for name, aliases in _ALIASES.items():
+        newer_first = (name, *aliases) if name in ("head_dim", "layer_norm_epsilon") else aliases
+        for alias in (*newer_first, name):
+            if alias in config:
+                config[name] = config[alias]
+                break
     try:
         return ParentShape(
             pattern=pattern,
@@ -68,7 +90,7 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
             intermediate_size=config["intermediate_size"],
             num_attention_heads=config["num_attention_heads"],
             num_key_value_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"] if "head_dim" in config else config["attention_head_dim"],
+            head_dim=config["head_dim"],
             mamba_num_heads=config["mamba_num_heads"],
             mamba_head_dim=config["mamba_head_dim"],
             n_groups=config["n_groups"],
@@ -76,7 +98,7 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
             conv_kernel=config.get("conv_kernel", 4),
             conv_bias=config.get("use_conv_bias", True),
             tied_head=config.get("tie_word_embeddings", False),
-            norm_eps=config.get("layer_norm_epsilon", config.get("norm_eps", 1e-5)),
+            norm_eps=config.get("layer_norm_epsilon", 1e-5),
             time_step_min=config.get("time_step_min", 1e-3),
             max_position_embeddings=config.get("max_position_embeddings", 4096),
         )
@@ -88,6 +110,31 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
         raise ValueError(f"config.json: {error}".replace("parent.shape.", "")) from error
 
 
+def _pattern(config: dict[str, Any]) -> str:
+    """One letter per layer, from whichever spelling there is."""
+    types = config.get("layers_block_type") or config.get("layer_types") or []
+    unknown = [name for name in types if name not in SPELLINGS]
+    if unknown:
+        raise ValueError(
+            f"config.json: layers_block_type has {unknown[0]}; must be one of "
+            + ", ".join(SPELLINGS)
+        )
+    newer, older = "".join(SPELLINGS[name] for name in types), config.get("hybrid_override_pattern")
+    if types and older is not None and older != newer:
+        raise ValueError(
+            f"config.json: hybrid_override_pattern={older} and layers_block_type ({newer}) "
+            "disagree; one of them is wrong"
+        )
+    pattern = newer if older is None else older
+    layers = config.get("num_hidden_layers")
+    if layers is not None and layers != len(pattern):
+        raise ValueError(
+            f"config.json: num_hidden_layers={layers}, but the layer pattern {pattern} has "
+            f"{len(pattern)}; one of them is wrong"
+        )
+    return str(pattern)
+
+
 def stock_config(shape: ParentShape, base: dict[str, Any] | None = None) -> dict[str, Any]:
     """config.json for these sizes in both spellings, over whatever else `base` says.
 
@@ -95,7 +142,7 @@ def stock_config(shape: ParentShape, base: dict[str, Any] | None = None) -> dict
     `num_hidden_layers`.
     """
     config = dict(base or {"chunk_size": 128, "torch_dtype": "float32"})
-    for stale in ("layer_types", "attention_head_dim", "norm_eps", "auto_map"):
+    for stale in (*_STALE, *(alias for aliases in _ALIASES.values() for alias in aliases)):
         config.pop(stale, None)
     return config | {
         "architectures": ["NemotronHForCausalLM"],

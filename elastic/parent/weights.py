@@ -1,5 +1,6 @@
 """Hugging Face checkpoint <-> parent: safetensors only, no pickle, no remote code."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from elastic.config import ConfigError, ParentShape
 from elastic.cut import tensor_shapes
-from elastic.files import write_json
+from elastic.files import require_space, write_json
 from elastic.parent.hybrid import HybridParent
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.tensors import Pending, TensorStore, write_shards
@@ -31,20 +32,32 @@ def locate(path: str) -> Path:
         ) from error
 
 
+def open_weights(directory: Path) -> tuple[ParentShape, TensorStore]:
+    """Sizes and tensors of a checkpoint, checked against each other; a tied head apart
+    only headers are read.
+
+    The flag of a tied head means nothing to stock transformers, which uses the head that is stored;
+    here it says that they are equal, or that only one is stored.
+
+    Raises:
+        ValueError: see `read_shape` and `TensorStore`.
+    """
+    shape = read_shape(read_config(directory))
+    store = TensorStore(directory, tensor_shapes(shape))
+    if not store.head_stored and not shape.tied_head:
+        raise ValueError(f"{directory}: tensor lm_head.weight is missing from the shards")
+    if store.head_stored and shape.tied_head:
+        head, embedding = store["lm_head.weight"], store["backbone.embeddings.weight"]
+        pairs = zip(head.blocks(), embedding.blocks(), strict=True)
+        shape.tied_head = all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    return shape, store
+
+
 def load_parent(
     directory: Path, kernels: str = "torch", activation_checkpointing: bool = False
 ) -> HybridParent:
-    """Read a checkpoint into float32 weights; see `read_shape` and `TensorStore` for the errors."""
-    shape = read_shape(read_config(directory))
-    store = TensorStore(directory, tensor_shapes(shape))
-    if shape.tied_head and store.head_stored:
-        # The flag alone means nothing to stock transformers: it uses the head that is stored.
-        same = torch.equal(
-            store["lm_head.weight"].read(), store["backbone.embeddings.weight"].read()
-        )
-        shape.tied_head = same
-    elif not shape.tied_head and not store.head_stored:
-        raise ValueError(f"{directory}: tensor lm_head.weight is missing from the shards")
+    """Read a checkpoint into float32 weights; see `open_weights` for the errors."""
+    shape, store = open_weights(directory)
     parent = HybridParent(shape, kernels, activation_checkpointing)
     with torch.no_grad():
         for name, weight in parent.state_dict().items():
@@ -61,12 +74,20 @@ def save_weights(
     tensors: list[Pending],
     base_config: dict[str, Any] | None = None,
     max_shard_bytes: int = 4_000_000_000,
+    written: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write config.json and weights in stock Nemotron-H format into an existing directory, one
-    tensor at a time."""
-    write_shards(directory, tensors, max_shard_bytes)
+    tensor at a time; `written` hears of every block by its number of bytes.
+
+    Raises:
+        OSError: not enough space; nothing is written.
+    """
+    require_space(directory, sum(tensor.bytes for tensor in tensors))
+    write_shards(directory, tensors, max_shard_bytes, written)
     dtype = str(tensors[0].dtype).removeprefix("torch.")
-    write_json(directory / "config.json", stock_config(shape, base_config) | {"torch_dtype": dtype})
+    config = stock_config(shape, base_config)
+    config.pop("dtype", None)  # transformers' newer name for the same setting
+    write_json(directory / "config.json", config | {"torch_dtype": dtype})
 
 
 def save_parent(
@@ -76,7 +97,6 @@ def save_parent(
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
     """`save_weights` of a parent in memory."""
-
     tensors = [
         Pending.of(name, weight.shape, weight.dtype, weight.detach)
         for name, weight in parent.state_dict().items()

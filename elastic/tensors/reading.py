@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 
-BLOCK_BYTES = 32 << 20
-"""Size of the row blocks in which data moves."""
+BLOCK_BYTES = 8 << 20
+"""Size of the row blocks in which data moves: memory of more than 32 MiB is new from the system
+every time, which costs more than reading it."""
 
 GAP_BYTES = 256
 """Gaps between kept columns up to this size are read too: cheaper than another system call."""
@@ -59,6 +60,15 @@ class _File:
                 raise ValueError(f"{self.path}: shard is truncated")
             buffer, offset = buffer[count:], offset + count
 
+    def forget(self, offset: int, size: int) -> None:
+        """Let the system drop its copy of a part that was read.
+
+        Whoever streams a checkpoint once has no use for it, and fresh memory for all of it costs
+        more than using a little of it again and again.
+        """
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -71,11 +81,14 @@ class StoredTensor:
     offset: int
     """Byte of the file at which it begins."""
 
-    def blocks(self, cut: Cut | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[Tensor]:
+    def blocks(
+        self, cut: Cut | None = None, block_bytes: int = BLOCK_BYTES, once: bool = False
+    ) -> Iterator[Tensor]:
         """The kept part in blocks of consecutive rows, each in memory of its own.
 
         Row ranges may come in any order, so that a permutation of rows is a cut too; the column
-        ranges (of the second dimension) ascend. A block has at most `block_bytes`, or one row.
+        ranges (of the second dimension) ascend. A block has at most `block_bytes`, or one row. With
+        `once`, for rows that ascend, nothing of it stays in the system's cache.
         """
         rows, columns = (None, None) if cut is None else (*cut, None)[:2]
         assert cut is None or not any(ranges for ranges in cut[2:]), "only rows and columns are cut"
@@ -88,6 +101,9 @@ class StoredTensor:
         for group in _grouped(((0, height),) if rows is None else rows, most):
             count = sum(stop - start for start, stop in group)
             read = self._rows(group, count, spans, width * item, item)  # (rows, spans)
+            if once:
+                first, last = group[0][0], group[-1][1]
+                self.file.forget(self.offset + first * width * item, (last - first) * width * item)
             values = read.view(self.dtype).view(count, -1, inner)  # (rows, columns, inner)
             if columns is not None:
                 values = _picked(values, spans, columns)

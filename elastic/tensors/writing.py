@@ -13,6 +13,10 @@ from torch import Tensor
 from elastic.files import write_json
 from elastic.tensors.reading import DTYPES, INDEX
 
+WRITE_BYTES = 256 << 10
+"""Size of a system call: Linux takes several times as long over the same data in pieces of 32
+MiB, for which it looks for large stretches of free memory."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -38,9 +42,9 @@ class Pending:
         """Size on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
-        out = torch.empty(self.shape, dtype=self.dtype)
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The whole tensor, in memory of its own on a device; each block goes there on its own."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=device)
         at = 0
         for block in self.blocks():
             out[at : at + len(block)] = block
@@ -69,19 +73,19 @@ def write_shards(
         shards[-1].append(tensor)
         size += tensor.bytes
     if len(shards) == 1:
-        _write_shard(directory / "model.safetensors", shards[0], written)
+        write_shard(shards[0], directory / "model.safetensors", written)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / file, shard, written)
+        write_shard(shard, directory / file, written)
         weight_map.update({tensor.name: file for tensor in shard})
     total = sum(tensor.bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / INDEX, index)
 
 
-def _write_shard(path: Path, tensors: list[Pending], written: Callable[[int], object]) -> None:
+def write_shard(tensors: list[Pending], path: Path, written: Callable[[int], object]) -> None:
     """One file: the length of the header, the header, the data without gaps."""
     # Wider types first: then every tensor is aligned to its own type.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -114,4 +118,4 @@ def _bytes_of(tensor: Pending) -> Iterator[memoryview]:
 
 def _write_all(descriptor: int, data: memoryview) -> None:
     while len(data):
-        data = data[os.write(descriptor, data) :]
+        data = data[os.write(descriptor, data[:WRITE_BYTES]) :]

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from elastic.architecture import Space
 from elastic.config import ImportanceConfig, SpaceConfig
-from elastic.importance import Orders, Ranking, rank, read_orders
+from elastic.cut import tensor_shapes
+from elastic.importance import Orders, Ranking, read_ranking
+from elastic.importance import rank as rank_checkpoint
 from elastic.parent import HybridParent
+from elastic.parent.weights import save_parent
+from elastic.tensors import TensorStore
 
 rank_module = importlib.import_module("elastic.importance.rank")  # the name `rank` is the function
 
@@ -28,6 +32,14 @@ CONFIG = ImportanceConfig(samples=4, batch_size=2, depth_samples=4)
 
 def space(**axes: list[int]) -> Space:
     return Space.build(SpaceConfig(**({"depth": [6, 4]} | axes)), SHAPE)
+
+
+def rank(parent: HybridParent, path: Path, **arguments: Any) -> Ranking:
+    """Of a parent as it is now: it is written, and loaded when asked for."""
+    source = path.parent.parent / "parent"
+    source.mkdir(parents=True, exist_ok=True)
+    save_parent(parent, source)
+    return rank_checkpoint(source, lambda: parent, path=path, **arguments)
 
 
 class Counter:
@@ -162,23 +174,23 @@ def test_stored_scores_order_heads_for_the_head_dim_at_hand(tmp_path: Path) -> N
     shape = tiny_shape(pattern="M", mamba_num_heads=2, mamba_head_dim=2, n_groups=1)
     scores = {"hidden": torch.ones(13), "layer.0": torch.tensor([[3.0, 4.0], [4.0, 0.0]])}
     path = tmp_path / "importance.safetensors"
-    save_file(scores, path, {"key": "any", "depth": "{}"})
-    assert read_orders(path, shape, 1).mamba_heads[0].tolist() == [1, 0]
-    assert read_orders(path, shape, 2).mamba_heads[0].tolist() == [0, 1]
+    save_file(scores, path, {"key": "any", "depth": '{"order": [], "rounds": []}'})
+    assert read_ranking(path, shape, 1).orders.mamba_heads[0].tolist() == [1, 0]
+    assert read_ranking(path, shape, 2).orders.mamba_heads[0].tolist() == [0, 1]
 
 
 # The file
 
 
-def test_read_orders_are_those_of_the_ranking(setting: dict[str, Any]) -> None:
+def test_a_ranking_read_again_is_the_same(setting: dict[str, Any]) -> None:
     setting["space"] = space(mamba_head_dim=[7, 3])
     ranking = rank(**setting)
-    assert flat(read_orders(setting["path"], SHAPE, 3)) == flat(ranking.orders)
+    assert flat(read_ranking(setting["path"], SHAPE, 3).orders) == flat(ranking.orders)
 
 
-def test_read_orders_without_a_ranking_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_reading_without_a_ranking_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="importance.safetensors: no finished ranking"):
-        read_orders(tmp_path / "importance.safetensors", SHAPE, 7)
+        read_ranking(tmp_path / "importance.safetensors", SHAPE, 7)
 
 
 def test_a_file_with_another_key_is_replaced(setting: dict[str, Any]) -> None:
@@ -189,7 +201,7 @@ def test_a_file_with_another_key_is_replaced(setting: dict[str, Any]) -> None:
         scores = {name: torch.rand_like(file.get_tensor(name)) for name in file.keys()}
     save_file(scores, path, {"key": "of something else", "depth": depth})
     assert same(rank(**setting), expected)
-    assert flat(read_orders(path, SHAPE, 7)) == flat(expected.orders)
+    assert flat(read_ranking(path, SHAPE, 7).orders) == flat(expected.orders)
 
 
 DAMAGES = {
@@ -206,14 +218,14 @@ def test_a_damaged_file_is_replaced(setting: dict[str, Any], damage: str) -> Non
     path = setting["path"]
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert same(rank(**setting), expected)
-    assert flat(read_orders(path, SHAPE, 7)) == flat(expected.orders)
+    assert flat(read_ranking(path, SHAPE, 7).orders) == flat(expected.orders)
 
 
 def test_a_file_without_metadata_is_replaced(setting: dict[str, Any]) -> None:
     setting["path"].parent.mkdir(parents=True)
     save_file({"hidden": torch.ones(13)}, setting["path"])
     rank(**setting)
-    assert len(flat(read_orders(setting["path"], SHAPE, 7))) > 1
+    assert len(flat(read_ranking(setting["path"], SHAPE, 7).orders)) > 1
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["no file before", "a file before"])
@@ -236,12 +248,19 @@ def test_a_crash_while_writing_leaves_what_was_there(
     assert (path.read_bytes() if old else None) == before
 
 
-def test_the_fingerprint_sees_every_weight() -> None:
+def test_the_fingerprint_sees_every_weight(tmp_path: Path) -> None:
+    """And its type: bfloat16 is another parent."""
+
+    def fingerprint(parent: HybridParent) -> str:
+        save_parent(parent, tmp_path)
+        return rank_module.fingerprint(TensorStore(tmp_path, tensor_shapes(SHAPE)))
+
     parent = random_parent(SHAPE)
-    seen = {rank_module.fingerprint(parent)}
+    seen = {fingerprint(parent)}
     for number, weight in enumerate(parent.parameters(), start=1):
         with torch.no_grad():
             weight.view(-1)[-1] += 1e-3
-        seen.add(rank_module.fingerprint(parent))
+        seen.add(fingerprint(parent))
         assert len(seen) == number + 1
-    assert rank_module.fingerprint(random_parent(SHAPE)) in seen
+    assert fingerprint(random_parent(SHAPE)) in seen
+    assert fingerprint(random_parent(SHAPE).bfloat16()) not in seen

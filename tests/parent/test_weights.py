@@ -175,7 +175,7 @@ def test_config_json_has_both_spellings_and_each_alone_is_enough(tmp_path: Path)
 
 def test_block_types_of_the_first_release_are_read() -> None:
     config = stock_config(tiny_shape(pattern="M-*"))
-    del config["hybrid_override_pattern"]
+    del config["hybrid_override_pattern"], config["num_hidden_layers"]
     config["layers_block_type"] = ["mamba", "mlp", "attention"]
     assert read_shape(config).pattern == "M-*"
 
@@ -189,6 +189,23 @@ def test_the_config_that_transformers_itself_saves_is_read(tmp_path: Path) -> No
     again = load_parent(tmp_path / "theirs")
     assert again.shape == shape
     assert difference(again.logits(tokens), parent.logits(tokens)) == 0
+
+
+def test_names_of_other_eras_are_read_and_stay_behind(tmp_path: Path) -> None:
+    """Those that stock transformers renames; a stale one would win over the size of a member."""
+    config = stock_config(tiny_shape())
+    renamed = {
+        "n_groups": "mamba_n_groups",
+        "conv_kernel": "mamba_d_conv",
+        "use_conv_bias": "mamba_conv_bias",
+        "time_step_min": "mamba_dt_min",
+        "head_dim": "attention_head_dim",
+        "layer_norm_epsilon": "rms_norm_eps",
+    }
+    older = {renamed.get(name, name): value for name, value in config.items()}
+    assert read_shape(older) == tiny_shape()
+    written = stock_config(tiny_shape(), older | {"num_nextn_predict_layers": 1})
+    assert not set(written) & {*renamed.values(), "num_nextn_predict_layers"}
 
 
 def test_base_config_is_kept_but_never_overrides_the_sizes(tmp_path: Path) -> None:
@@ -296,8 +313,22 @@ def test_tensors_that_do_not_fit_config_json_are_refused(
     ("changes", "message"),
     [
         ({"model_type": "llama"}, r"config\.json: model_type=llama must be nemotron_h"),
-        ({"hybrid_override_pattern": "ME*M-"}, r"pattern=ME\*M-: .*E \(mixture of experts\)"),
-        ({"hybrid_override_pattern": "M-*M"}, r"unknown tensor backbone\.layers\.4"),
+        ({"hybrid_override_pattern": "ME*M-", "layers_block_type": None}, r"pattern=ME\*M-: .*E \(mixture of experts\)"),
+        ({"hybrid_override_pattern": "M-*M"}, r"=M-\*M and layers_block_type \(M-\*M-\) disagree"),
+        (
+            {"hybrid_override_pattern": "M-*M", "layers_block_type": None},
+            r"num_hidden_layers=5, but the layer pattern M-\*M has 4",
+        ),
+        (
+            {
+                "hybrid_override_pattern": "M-*M",
+                "layers_block_type": None,
+                "num_hidden_layers": 4,
+            },
+            r"unknown tensor backbone\.layers\.4",
+        ),
+        ({"layers_block_type": ["mamba", "conv"]}, r"layers_block_type has conv; must be one of"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config=.* must be None"),
         ({"mlp_bias": True}, r"config\.json: mlp_bias=True must be False"),
         ({"use_bias": True}, r"config\.json: use_bias=True must be False"),
         ({"attention_bias": True}, r"config\.json: attention_bias=True must be False"),
@@ -329,7 +360,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
 def test_moe_in_the_new_spelling_is_refused() -> None:
     config = stock_config(tiny_shape())
     del config["hybrid_override_pattern"]
-    config["layers_block_type"] = ["linear_attention", "moe"]
+    config["layers_block_type"], config["num_hidden_layers"] = ["linear_attention", "moe"], 2
     with pytest.raises(ValueError, match="mixture of experts"):
         read_shape(config)
 

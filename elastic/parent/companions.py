@@ -1,0 +1,71 @@
+"""The small files that belong to a checkpoint beside its weights, and whose licence it has."""
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+
+from elastic.files import write_json
+
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
+"""Files of a tokenizer."""
+
+OTHERS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
+"""What else goes along."""
+
+LEFT = (".safetensors", ".py", ".pyc", ".bin", ".pt", ".pth", ".pkl")
+"""Endings of weights, code, and what runs code when it is loaded: no companions, whatever their
+name."""
+
+
+def companions(directory: Path, tokenizer: bool = True) -> list[Path]:
+    """The small files of a checkpoint; `tokenizer=False` leaves the tokenizer's out."""
+    patterns = (*TOKENIZER, *OTHERS) if tokenizer else OTHERS
+    found = {path for pattern in patterns for path in directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.suffix not in LEFT)
+
+
+def copy_companions(source: Path, target: Path, tokenizer: bool = True) -> None:
+    """Copy what is there and what `target` has not."""
+    for path in companions(source, tokenizer):
+        if not (target / path.name).exists():
+            _copy(path, target / path.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file as it is, except that JSON loses its references to code (auto_map)."""
+    if source.suffix == ".json":
+        try:
+            value = json.loads(source.read_text())
+        except ValueError:
+            value = None  # then nobody can follow a reference in it either
+        if isinstance(value, dict) and "auto_map" in value:
+            del value["auto_map"]
+            write_json(target, value)
+            return
+    shutil.copyfile(source, target)
+
+
+def licence_of(directory: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a checkpoint's model card; empty if it says
+    nothing."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return {}
+    parts = card.read_text(errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        fields = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {n: str(fields[n]) for n in names if n in fields} if isinstance(fields, dict) else {}

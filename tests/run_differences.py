@@ -1,0 +1,100 @@
+"""What is not the same in two runs, by their files, metrics, weights and families."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+WEIGHTS, LOSSES = 1e-4, 1e-5
+"""Largest differences where several processes add up in another order."""
+
+
+def losses_of(run_dir: Path) -> list[dict[str, float]]:
+    """Rows of metrics.csv without what the clock says."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [
+            {key: float(value) for key, value in row.items() if value and "per_second" not in key}
+            for row in csv.DictReader(file)
+        ]
+
+
+def files_of(run_dir: Path) -> dict[str, str]:
+    """Every file of a run, hidden ones too, and its checksum; none of metrics.csv, which holds
+    times, and nothing of the revision of the code, should that change meanwhile."""
+    return {
+        str(path.relative_to(run_dir)): "" if path.name == "metrics.csv" else _checksum(path)
+        for path in sorted(run_dir.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _checksum(path: Path) -> str:
+    if path.name == "elastic.json":
+        return str(_family(path.parents[1], "git_revision"))
+    if path.name != "scores.safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    with safe_open(path, framework="numpy") as file:  # its metadata have no order
+        told = json.dumps(file.metadata(), sort_keys=True).encode()
+        values = [file.get_tensor(name).tobytes() for name in sorted(file.keys())]
+    return hashlib.sha256(b"".join([told, *values])).hexdigest()
+
+
+def differences(run_dir: Path, whole: Path, exact: bool) -> list[str]:
+    """What is not the same in two runs: with `exact` every file to the last bit, else weights,
+    losses and the family within tolerance."""
+    found: list[str] = []
+    mine, other = files_of(run_dir), files_of(whole)
+    if exact:
+        found += [f"{name} is there" for name in sorted(mine.keys() - other.keys())]
+        found += [f"{name} is not there" for name in sorted(other.keys() - mine.keys())]
+        both = sorted(mine.keys() & other.keys())
+        found += [f"{name} differs" for name in both if mine[name] != other[name]]
+    found += [f"{name} is left over" for name in mine if "/." in f"/{name}"]
+    if len({str(_family(each, "git_revision", "config")) for each in (run_dir, whole)}) > 1:
+        found.append("elastic/elastic.json: another family")
+    apart = weights_apart(run_dir, whole)
+    if apart > (0 if exact else WEIGHTS):
+        found.append(f"elastic: weights are up to {apart:.1e} apart")
+    rows, others = losses_of(run_dir), losses_of(whole)
+    steps, wanted = ([row["step"] for row in each] for each in (rows, others))
+    if steps != wanted:
+        return [*found, f"metrics.csv: rows of steps {steps} instead of {wanted}"]
+    if [row.keys() for row in rows] != [row.keys() for row in others]:
+        return [*found, "metrics.csv: other columns"]
+    apart, where = losses_apart(run_dir, whole)
+    if apart > (0 if exact else LOSSES):
+        found.append(f"metrics.csv: {where} is {apart:.1e} apart")
+    return found
+
+
+def _family(run_dir: Path, *without: str) -> dict:
+    """elastic.json, but for some of its provenance."""
+    value: dict = json.loads((run_dir / "elastic" / "elastic.json").read_text())
+    for name in without:
+        value["provenance"].pop(name)
+    return value
+
+
+def weights_apart(run_dir: Path, whole: Path) -> float:
+    """Largest difference between the weights and routers of two elastic checkpoints."""
+    largest = 0.0
+    for name in ("model.safetensors", "router.safetensors"):
+        one, two = (load_file(each / "elastic" / name) for each in (run_dir, whole))
+        assert one.keys() == two.keys()
+        largest = max(largest, *(float((one[n] - two[n]).abs().max()) for n in one))
+    return largest
+
+
+def losses_apart(run_dir: Path, whole: Path) -> tuple[float, str]:
+    """Largest difference between figures of metrics.csv, and where it is.
+
+    Tokens and parameters are counted, and large: they differ by nothing or by more than one.
+    """
+    return max(
+        (abs(value - expected[key]), f"step {row['step']:g}, {key}")
+        for row, expected in zip(losses_of(run_dir), losses_of(whole), strict=True)
+        for key, value in row.items()
+    )
