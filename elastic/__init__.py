@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic.layerwise.register import register_on_import
+
 if TYPE_CHECKING:
     import torch
     from transformers import NemotronHForCausalLM
@@ -10,20 +12,26 @@ if TYPE_CHECKING:
 
 def load(
     path: "str | Path",
-    budget: str,
+    budget: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     device: "torch.device | str" = "cpu",
 ) -> "NemotronHForCausalLM":
-    """One member of the elastic checkpoint in directory `path`, as a stock transformers model.
+    """A member as a transformers model in evaluation mode, on `device`.
 
-    Only the bytes that the member needs are read. `dtype` None keeps the type of every tensor.
+    `path` is an elastic checkpoint, of which `budget` names the member, or a directory that
+    `extract.py` has written, which holds one. Only the bytes that the member needs are read, and
+    every load has memory of its own. `dtype` None keeps the type of every tensor. A member whose
+    layers of one kind differ in size comes at true size, as a subclass of `NemotronHForCausalLM`.
 
     Raises:
-        ValueError: not an elastic checkpoint, a damaged one, or no such budget (those are listed).
+        ValueError: no such checkpoint, a damaged one, no such budget (those are listed), or a type
+            or device that torch does not have here.
     """
     from elastic.extract import load as load_member  # torch only when it is needed
 
     return load_member(Path(path), budget, dtype, device)
 
+
+register_on_import()  # AutoModelForCausalLM loads such members too, whenever it is imported
 
 __all__ = ["load"]

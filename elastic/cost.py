@@ -107,6 +107,22 @@ def conv_state_bytes(
     return channels * shape.conv_kernel * bytes_per * batch
 
 
+def decode_bytes(
+    shape: ParentShape, architecture: Architecture, context: int, batch: int = 1
+) -> int:
+    """Bytes that one decoding step of `batch` sequences moves, each `context` tokens long.
+
+    All weights in bfloat16 once, of the embedding only a row per sequence; the KV cache is read,
+    the states of scan and convolution are read and written. A step of few sequences takes as long
+    as this does.
+    """
+    rows = (shape.vocab_size - batch) * architecture.hidden_size
+    states = ssm_state_bytes(shape, architecture, batch)
+    states += conv_state_bytes(shape, architecture, batch)
+    caches = kv_cache_bytes(shape, architecture, context, batch) + 2 * states
+    return weight_bytes(shape, architecture) - 2 * rows + caches
+
+
 def flops_per_token(shape: ParentShape, architecture: Architecture, context: int) -> int:
     """Forward FLOPs per token at a mean over a causal context of that length.
 

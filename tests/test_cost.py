@@ -160,6 +160,16 @@ def test_published_cache_sizes_at_131072_tokens() -> None:
     assert cost.ssm_state_bytes(NANO_12B, full, batch=2, bytes_per=2) == 140 * 2**20
 
 
+def test_a_decoding_step_moves_weights_once_and_caches_per_sequence() -> None:
+    """Of the embedding only the rows that are looked up; states are written back."""
+    full, embedding = Architecture.full(NANO_12B), 131_072 * 5120
+    states = cost.ssm_state_bytes(NANO_12B, full) + cost.conv_state_bytes(NANO_12B, full)
+    weights = 2 * (12_310_001_152 - embedding)
+    one = weights + 2 * 5120 + 3 * 2**30 + 2 * states
+    assert cost.decode_bytes(NANO_12B, full, 131_072) == one
+    assert cost.decode_bytes(NANO_12B, full, 131_072, batch=4) == weights + 4 * (one - weights)
+
+
 @pytest.mark.parametrize("pattern", ["*", "M*", "M-*M*"])
 @pytest.mark.parametrize("conv_kernel", [1, 4])
 def test_caches_are_what_stock_transformers_allocates(pattern: str, conv_kernel: int) -> None:

@@ -14,9 +14,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "elastic"
 
 ROOMS = (
-    "config files architecture cost cut manifest tensors parent importance search masks router "
-    "losses family curriculum data teacher cluster resume module loggers callbacks checkpoint "
-    "run_dir trainer launch teach extract evaluate bench report plan"
+    "config files architecture cost cut manifest layerwise tensors parent importance search "
+    "masks router losses family curriculum data teacher cluster resume module loggers callbacks "
+    "checkpoint run_dir trainer launch teach extract evaluate bench report plan"
 ).split()
 """Top to bottom; a new room is entered here."""
 

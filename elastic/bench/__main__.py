@@ -1,4 +1,4 @@
-"""python -m elastic.bench NAME [overrides] [json=PATH]: step, run, scan, loss or profile."""
+"""python -m elastic.bench NAME [overrides] [json=PATH]; names are in `elastic.config.BENCHES`."""
 
 import sys
 from importlib import import_module

@@ -149,7 +149,7 @@ def _peak_here(prepare: Callable[..., Work], arguments: tuple, threads: int) -> 
     work = prepare(*arguments)
     before = _resident()
     work()
-    return _resident_peak() - before
+    return resident_peak() - before
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -160,11 +160,11 @@ def _resident() -> int:
     try:
         _CLEAR.write_text("5")
     except OSError:
-        return _resident_peak()
+        return resident_peak()
     return _status("VmRSS")
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
     """Largest number of bytes resident so far.
 
     Linux hands ru_maxrss down to the processes that one starts, so that it may be the parent's; the

@@ -20,7 +20,7 @@ from elastic.bench.subjects import (
 )
 from elastic.config import StepBenchConfig
 from elastic.cost import flops_per_token, parameters
-from elastic.extract.verify import plain_transformers
+from elastic.extract.compare import plain_transformers
 from elastic.family import describe
 from elastic.masks import hard_keep
 from elastic.parent import Member

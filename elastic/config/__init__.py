@@ -8,6 +8,7 @@ that a typing mistake is reported in a second.
 from elastic.config.bench import (
     BENCHES,
     BenchConfig,
+    ExtractBenchConfig,
     LossBenchConfig,
     ProfileBenchConfig,
     RunBenchConfig,
@@ -34,6 +35,7 @@ from elastic.config.model import (
     RouterConfig,
     SpaceConfig,
 )
+from elastic.config.plan import PlanConfig, PlanSettings
 from elastic.config.training import (
     CurriculumConfig,
     DataConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "CurriculumConfig",
     "DataConfig",
     "EvaluateConfig",
+    "ExtractBenchConfig",
     "ExtractConfig",
     "ImportanceConfig",
     "KINDS",
@@ -63,6 +66,8 @@ __all__ = [
     "OptimConfig",
     "ParentConfig",
     "ParentShape",
+    "PlanConfig",
+    "PlanSettings",
     "ProfileBenchConfig",
     "RouterConfig",
     "RunBenchConfig",

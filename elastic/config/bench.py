@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from elastic.config.checks import one_of, require
-from elastic.config.model import ParentConfig, RouterConfig, SpaceConfig
+from elastic.config.model import BudgetConfig, ParentConfig, RouterConfig, SpaceConfig
 from elastic.config.training import DIVERGENCES, ObjectiveConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -212,11 +212,42 @@ class ProfileBenchConfig(BenchConfig):
         one_of("precision", self.precision, PRECISIONS)
 
 
+@dataclass(kw_only=True)
+class ExtractBenchConfig(BenchConfig):
+    """Cutting members out of a checkpoint of random weights, beside copying as many bytes."""
+
+    parent: ParentConfig
+    space: SpaceConfig
+    budgets: dict[str, BudgetConfig]
+    """The family; every member smaller than the parent is cut."""
+    scale: float = 1.0
+    """Factor on every width of the parent and of the space; bytes fall with its square."""
+    dir: str = "."
+    """Where a directory for the checkpoint and what is cut of it is made, and removed again."""
+    shard_bytes: int = 4_500_000_000
+    """Largest shard of the checkpoint."""
+    verify: bool = True
+    """Verify every member once."""
+    keep: bool = False
+    """Leave the directory behind, with the checkpoint and the last of the cuts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_parent(self.parent)
+        self.positive("shard_bytes")
+        require(0 < self.scale <= 1, "scale", self.scale, "in (0, 1]")
+        for name, budget in self.budgets.items():
+            budget.check(f"budgets.{name}")
+        smaller = [name for name, budget in self.budgets.items() if budget.params != 1]
+        require(bool(smaller), "budgets", dict(self.budgets), "at least one below the parent")
+
+
 BENCHES: dict[str, type[BenchConfig]] = {
     "step": StepBenchConfig,
     "run": RunBenchConfig,
     "scan": ScanBenchConfig,
     "loss": LossBenchConfig,
     "profile": ProfileBenchConfig,
+    "extract": ExtractBenchConfig,
 }
 """Name of every bench, and what it reads."""

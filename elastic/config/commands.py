@@ -153,6 +153,10 @@ class ExtractConfig:
     """Name of the member to cut."""
     output: str
     """Directory to create."""
+    export: str = "native"
+    """How a member whose layers of one kind differ in size is stored: `native` refuses it, `padded`
+    fills up with zeros to the widest, `per_layer` keeps the sizes, for a model of this package.
+    Others are native in any case."""
     dtype: str = "source"
     """`source` keeps the stored type; float32, bfloat16 or float16 convert."""
     verify: bool = True
@@ -162,6 +166,7 @@ class ExtractConfig:
     """Largest safetensors file written."""
 
     def __post_init__(self) -> None:
+        one_of("export", self.export, ("native", "padded", "per_layer"))
         one_of("dtype", self.dtype, ("source", "float32", "bfloat16", "float16"))
         require(self.max_shard_bytes > 0, "max_shard_bytes", self.max_shard_bytes, "positive")
 

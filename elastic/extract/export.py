@@ -1,132 +1,85 @@
-"""Write a member as a plain Hugging Face checkpoint, or build it in memory."""
+"""Write a member as a Hugging Face checkpoint: native, zero-padded, or with sizes per layer."""
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.architecture import Architecture
 from elastic.config import ExtractConfig
 from elastic.cost import parameters
+from elastic.extract.card import LOADERS, write_card
+from elastic.extract.loading import resolve_dtype
+from elastic.extract.progress import Progress
 from elastic.extract.slice import OpenMember, open_member
-from elastic.extract.verify import TOLERANCE, verify
-from elastic.files import atomic_directory, write_json
+from elastic.extract.verify import verify
+from elastic.files import atomic_directory, require_space, write_json
+from elastic.parent.companions import companions, copy_companions
 from elastic.tensors import write_shards
 
-COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""Small files of the checkpoint that belong to every member."""
-
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The type to convert to; None for `source`, which keeps what is stored."""
-    if dtype is None or dtype == "source":
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"dtype={name}: must be one of source, {', '.join(_DTYPES)}")
-    resolved: torch.dtype = getattr(torch, name)
-    return resolved
+_ROOM_BYTES = 4 << 20
+"""Room for what is written beside weights and copied files: headers, index, card."""
 
 
 def extract(config: ExtractConfig) -> Path:
     """Cut one member out of an elastic checkpoint; everything is checked before it gets its name.
 
     Raises:
-        ValueError: the checkpoint is damaged, or has no such member.
+        ValueError: the checkpoint is damaged, has no such member, or none that can be exported so.
         FileExistsError: the output exists.
-        VerificationError: stock transformers computes something else than the masked parent.
+        OSError: the disk has no room for it, or fails.
+        VerificationError: the result computes something else than the masked parent.
     """
     output = Path(config.output)
     if output.exists():
         raise FileExistsError(f"output={output}: exists already; nothing was written")
-    member = open_member(Path(config.checkpoint), config.budget, resolve_dtype(config.dtype))
+    dtype = resolve_dtype(config.dtype)
+    member = open_member(Path(config.checkpoint), config.budget, dtype, config.export)
     pending = list(member.tensors())
     size = sum(tensor.bytes for tensor in pending)
+    small = sum(path.stat().st_size for path in companions(member.checkpoint))
+    require_space(output, size + small + _ROOM_BYTES)
     print(summary(member, size))
     with atomic_directory(output) as temporary:
         write_json(temporary / "config.json", member.config)
-        _copy_small_files(member.checkpoint, temporary)
+        copy_companions(member.checkpoint, temporary)
         _write_provenance(member, temporary)
-        # `disable=None` draws the bar on a terminal only
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            write_shards(temporary, pending, config.max_shard_bytes, bar.update)
-        if config.verify:
-            share = verify(temporary, member)
-            print(f"verified: logits within {share:.1e} of the largest ({TOLERANCE:.0e} allowed)")
+        with Progress(size, "writing") as progress:
+            write_shards(temporary, pending, config.max_shard_bytes, progress)
+        verified = verify(temporary, member) if config.verify else None
+        if verified is not None:
+            print(f"verified: {verified}")
+        write_card(temporary, member, output.name, None if verified is None else str(verified))
     print(f"written to {output}")
     return output
 
 
-def load(
-    checkpoint: Path,
-    budget: str,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str = "cpu",
-) -> NemotronHForCausalLM:
-    """One member as a stock model in evaluation mode; see `elastic.load`."""
-    member = open_member(checkpoint, budget, resolve_dtype(dtype))
-    config = NemotronHConfig.from_dict(member.config)
-    with torch.device("meta"):
-        model = NemotronHForCausalLM(config)
-    tensors = {
-        tensor.name.replace("backbone.", "model.", 1): tensor.read().to(device)
-        for tensor in member.tensors()
-    }
-    model.load_state_dict(tensors, strict=True, assign=True)
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers without a value: {left}"
-    if (checkpoint / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return model.eval()
-
-
 def summary(member: OpenMember, size: int) -> str:
-    """What is about to be written, in one line, and a second one when it is padded."""
+    """What is about to be written, and who can load it: a line each."""
     share = member.parameters / parameters(member.parent, Architecture.full(member.parent))
     kept, total = len(member.shape.pattern), len(member.parent.pattern)
-    lines = [
-        f"{member.budget}: {member.parameters:,} parameters ({share:.1%} of the parent), "
-        f"{size / 1e9:.3g} GB, {kept} of {total} layers, hidden {member.shape.hidden_size}"
-    ]
+    loaders = f"{member.export}: {LOADERS[member.export]}"
     if member.stored_parameters != member.parameters:
-        lines.append(
-            f"layers differ in width and are zero-padded: {member.stored_parameters:,} parameters "
-            f"are stored for the {member.parameters:,} of the member"
+        more = member.stored_parameters / member.parameters - 1
+        loaders += (
+            f": {member.stored_parameters:,} parameters are stored for the {member.parameters:,} "
+            f"of the member ({more:+.1%}), zero-padded to the widest layer of each kind"
         )
-    return "\n".join(lines)
-
-
-def _copy_small_files(source: Path, target: Path) -> None:
-    found = {path for pattern in COPIED for path in source.glob(pattern)}
-    for path in sorted(found):
-        if path.is_file() and path.suffix != ".safetensors":
-            shutil.copyfile(path, target / path.name)
+    return (
+        f"{member.budget}: {member.parameters:,} parameters ({share:.1%} of the parent), "
+        f"{size / 1e9:.3g} GB, {kept} of {total} layers, hidden {member.shape.hidden_size}\n"
+        f"{loaders}"
+    )
 
 
 def _write_provenance(member: OpenMember, directory: Path) -> None:
     value = {
         "checkpoint": str(member.checkpoint),
         "budget": member.budget,
+        "export": member.export,
         "target": member.member.target,
         "params": member.parameters,
         "stored_params": member.stored_parameters,
         "architecture": member.member.architecture.to_json(),
-        "training": member.provenance,
+        "training": member.manifest.provenance,
         "elastic_version": version("elastic"),
     }
     write_json(directory / "provenance.json", value)

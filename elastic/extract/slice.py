@@ -1,8 +1,9 @@
 """Read a member's part of an elastic checkpoint, and nothing else: the cut behind every extraction.
 
-Stock transformers has one MLP width and one number of query heads for all layers. A member that
-has several is stored zero-padded to the widest kept layer of the kind, which is exact: relu(0)^2 is
+Stock transformers has one size per kind of layer. A member that has several MLP widths or numbers
+of query heads can be zero-padded to the widest kept layer of the kind, which is exact: relu(0)^2 is
 0 and there are no biases, and zero columns of o_proj ignore what padded query heads attend to.
+Any member can be stored at true size, for a model of our own (`elastic.layerwise`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,13 @@ from elastic import cost
 from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.config import ParentShape
 from elastic.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
+from elastic.layerwise.sizes import layerwise_config
 from elastic.manifest import NAME, Manifest, Member
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.tensors import BLOCK_BYTES, Pending, StoredTensor, TensorStore
+
+LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
+"""What the sizes of a kind of layer are called."""
 
 
 def padded(
@@ -77,23 +82,12 @@ def _widened(block: Tensor, columns: Ranges | None, sizes: tuple[int, ...]) -> T
 
 
 def stored_shape(shape: ParentShape, architecture: Architecture) -> ParentShape:
-    """Sizes under which stock transformers holds a member; the widest layer of each kind decides.
+    """Sizes that a configuration says once for a member: the widest kept layer of each kind.
 
     A kind without a kept layer keeps the parent's sizes, which are legal and weigh nothing. The
     embedding and the head are always stored apart, so nothing is tied.
-
-    Raises:
-        ValueError: the Mamba layers differ in size.
     """
-    mamba = {(x.num_heads, x.head_dim) for x in architecture.layers if isinstance(x, MambaLayer)}
-    if len(mamba) > 1:
-        sizes = ", ".join(f"{heads}x{channels}" for heads, channels in sorted(mamba))
-        raise ValueError(
-            f"Mamba layers of different sizes ({sizes} heads x channels) cannot become a stock "
-            "checkpoint, since zero-padding them is not exact (the gated norm has an eps); run it "
-            "with elastic.parent, or train with mamba_heads left out of space.heterogeneous"
-        )
-    heads, channels = mamba.pop() if mamba else (shape.mamba_num_heads, shape.mamba_head_dim)
+    mamba = [layer for layer in architecture.layers if isinstance(layer, MambaLayer)]
     ffn = [x.intermediate_size for x in architecture.layers if isinstance(x, MLPLayer)]
     query = [x.num_heads for x in architecture.layers if isinstance(x, AttentionLayer)]
     return replace(
@@ -102,10 +96,50 @@ def stored_shape(shape: ParentShape, architecture: Architecture) -> ParentShape:
         hidden_size=architecture.hidden_size,
         intermediate_size=max(ffn, default=shape.intermediate_size),
         num_attention_heads=max(query, default=shape.num_attention_heads),
-        mamba_num_heads=heads,
-        mamba_head_dim=channels,
+        mamba_num_heads=max((x.num_heads for x in mamba), default=shape.mamba_num_heads),
+        mamba_head_dim=max((x.head_dim for x in mamba), default=shape.mamba_head_dim),
         tied_head=False,
     )
+
+
+def resolve_export(export: str, shape: ParentShape, architecture: Architecture) -> str:
+    """The form in which a member is stored: `export`, or native where that is the same.
+
+    Raises:
+        ValueError: that form cannot hold the member; says which can, and what each costs.
+    """
+    kinds = {kind: sizes_of(architecture, kind) for kind in ("mlp", "attention", "mamba")}
+    several = {kind: sizes for kind, sizes in kinds.items() if len(sizes) > 1}
+    if not several:
+        return "native"
+    exact = cost.parameters(shape, architecture)
+    per_layer = f"per_layer ({exact:,} parameters, loaded where this package is imported)"
+    uneven = f"{LAYERS['mamba']} of several sizes ({', '.join(kinds['mamba'])})"
+    if export == "padded" and "mamba" in several:
+        raise ValueError(
+            f"export=padded: {uneven} cannot be zero-padded exactly, since their gated norm has an "
+            f"eps; must be {per_layer}"
+        )
+    if export == "native":
+        widest = stored_shape(shape, architecture)
+        stored = cost.parameters(widest, Architecture.full(widest))
+        padded = f"padded ({stored:,} parameters stored for the {exact:,} of the member) or "
+        listed = "; ".join(f"{LAYERS[kind]}: {', '.join(sizes)}" for kind, sizes in several.items())
+        raise ValueError(
+            f"export=native: stock transformers has one size per kind of layer, this member has "
+            f"several ({listed}); must be {'' if 'mamba' in several else padded}{per_layer}"
+        )
+    return export
+
+
+def sizes_of(architecture: Architecture, kind: str) -> list[str]:
+    """The different sizes of the kept layers of a kind, largest first."""
+    found = {
+        tuple(value for name, value in vars(layer).items() if name != "index")
+        for layer in architecture.layers
+        if layer.kind == kind
+    }
+    return ["x".join(map(str, sizes)) for sizes in sorted(found, reverse=True)]
 
 
 def renumbered(architecture: Architecture) -> Architecture:
@@ -120,17 +154,24 @@ class OpenMember:
 
     checkpoint: Path
     budget: str
-    member: Member
-    provenance: dict[str, Any]
+    manifest: Manifest
+    """The whole family."""
+    export: str
+    """`native`, or `padded` or `per_layer` when layers of one kind differ in size."""
     parent: ParentShape
     """Sizes of the sorted parent that the checkpoint holds."""
     shape: ParentShape
-    """Sizes of the stock model that holds the member, padding included."""
+    """Sizes that config.json says once: of every layer, or per_layer of the widest ones."""
     config: dict[str, Any]
     """Its config.json."""
     store: TensorStore
     dtype: torch.dtype | None
     """Type that every tensor is converted to; None keeps the stored one."""
+
+    @property
+    def member(self) -> Member:
+        """The budget's entry in elastic.json."""
+        return self.manifest.member(self.budget)
 
     @property
     def parameters(self) -> int:
@@ -139,11 +180,13 @@ class OpenMember:
 
     @property
     def stored_parameters(self) -> int:
-        """Parameters of the stock model, padding included."""
+        """Parameters that are stored, padding included."""
+        if self.export == "per_layer":
+            return self.parameters
         return cost.parameters(self.shape, Architecture.full(self.shape))
 
     def tensors(self) -> Iterator[Pending]:
-        """Every tensor of the stock model by its stored name; nothing is read before `read()`."""
+        """Every tensor by its stored name; nothing is read before `read()`."""
         sizes = tensor_shapes(self.shape)
         # Where each tensor goes is a cut too: the member's own share of the padded model.
         places = member_cuts(self.shape, renumbered(self.member.architecture))
@@ -151,12 +194,11 @@ class OpenMember:
         for cut, place in zip(cuts, places, strict=True):
             assert cut.target == place.source
             stored = self.store[cut.source]
-            yield Pending(
-                cut.target,
-                sizes[cut.target],
-                self.dtype or stored.dtype,
-                partial(self._blocks, stored, cut.cut, place.cut, sizes[cut.target]),
-            )
+            size = sizes[cut.target]
+            if self.export != "padded":
+                size = tuple(size_of(r, n) for r, n in zip(cut.cut, stored.shape, strict=True))
+            blocks = partial(self._blocks, stored, cut.cut, place.cut, size)
+            yield Pending(cut.target, size, self.dtype or stored.dtype, blocks)
 
     def _blocks(
         self, stored: StoredTensor, cut: Cut, place: Cut, size: tuple[int, ...]
@@ -166,12 +208,14 @@ class OpenMember:
         return blocks if kept == size else padded(blocks, place, size)
 
 
-def open_member(checkpoint: Path, budget: str, dtype: torch.dtype | None = None) -> OpenMember:
+def open_member(
+    checkpoint: Path, budget: str, dtype: torch.dtype | None = None, export: str = "native"
+) -> OpenMember:
     """Check a checkpoint from end to end, headers only, and find one member in it.
 
     Raises:
-        ValueError: not an elastic checkpoint, a damaged one, no such budget, or a member that stock
-            transformers cannot hold.
+        ValueError: not an elastic checkpoint, a damaged one, no such budget, or a member that
+            cannot be stored like that.
     """
     manifest = Manifest.read(checkpoint)
     member = manifest.member(budget)
@@ -179,7 +223,6 @@ def open_member(checkpoint: Path, budget: str, dtype: torch.dtype | None = None)
     parent = read_shape(base)
     try:
         member.architecture.check(parent)
-        shape = stored_shape(parent, member.architecture)
     except ValueError as error:
         raise ValueError(f"{checkpoint / NAME}: budget {budget}: {error}") from error
     exact = cost.parameters(parent, member.architecture)
@@ -188,13 +231,18 @@ def open_member(checkpoint: Path, budget: str, dtype: torch.dtype | None = None)
             f"{checkpoint / NAME}: budget {budget}: params={member.params}, but its architecture "
             f"has {exact}; the file is damaged"
         )
+    try:
+        export = resolve_export(export, parent, member.architecture)
+    except ValueError as error:
+        raise ValueError(f"budget={budget}: {error}") from error
     store = TensorStore(checkpoint, tensor_shapes(parent))
     if not store.head_stored and not parent.tied_head:
         raise ValueError(f"{checkpoint}: tensor lm_head.weight is missing from the shards")
+    shape = stored_shape(parent, member.architecture)
     config = stock_config(shape, base)
+    if export == "per_layer":
+        config = layerwise_config(config, member.architecture)
     if dtype is not None:
         config.pop("dtype", None)  # transformers' newer name for the same setting
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return OpenMember(
-        checkpoint, budget, member, manifest.provenance, parent, shape, config, store, dtype
-    )
+    return OpenMember(checkpoint, budget, manifest, export, parent, shape, config, store, dtype)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from elastic.bench import scan, step
+from elastic.bench import cutting, extract, scan, step
 from elastic.bench.result import device_of, report
 from elastic.bench.subjects import balanced_members, shape_of
 from elastic.config import (
@@ -56,6 +57,13 @@ TOY = {
     "scan": [f"shapes.{n}.{k}={v}" for n in ("short", "long") for k, v in SMALL_SCAN.items()],
     "loss": ["tokens=256", "vocabulary=4096", "hidden=8", "chunk_tokens=16"],
     "profile": [*SMALL_PARENT, "sequences=2", "sequence_length=9", "square=64", "share=0.5"],
+    "extract": [
+        "scale=0.01",
+        "parent.shape.pattern=M-M*-M-",
+        "space.depth=[7,6,5]",
+        "space.tolerance=0.05",
+        "budgets={9b:{params:0.75},6b:{params:0.5}}",
+    ],
 }
 """Overrides that make a bench a matter of a second; only `loss` starts processes to see memory."""
 QUICK = ["repeats=2", "device=cpu"]
@@ -88,6 +96,11 @@ PROMISED = {
     ],
     "loss": ["peak_memory_ratio", "time_ratio"],
     "profile": ["share.matmul", "share.elementwise", "achieved_gflops", "machine_gflops"],
+    "extract": [
+        *("peak_rss_gib", "bytes_read_over_needed", "time_over_copy"),
+        *(f"{name}.{f}" for name in ("9b", "6b") for f in ("parameters", "verify_seconds")),
+        *(f"{name}.{f}" for name in ("9b", "6b") for f in ("seconds", "gb_per_second")),
+    ],
 }
 
 
@@ -119,8 +132,14 @@ def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", sorted(BENCHES))
-def test_a_bench_writes_the_figures_that_it_promises(name: str, tmp_path: Path) -> None:
+def test_a_bench_writes_the_figures_that_it_promises(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extra = ["memory=false"] if name in ("step", "scan") else []
+    if name == "extract":
+        extra = [f"dir='{tmp_path / 'bench'}'"]
+        here = lambda config, verified: cutting.cut(asdict(config), verified, 1)  # noqa: E731
+        monkeypatch.setattr(extract, "in_child", here)
     figures = flat(run(name, tmp_path / "figures.json", *extra))
     assert set(PROMISED[name]) <= figures.keys()
     for key, value in figures.items():
@@ -179,6 +198,7 @@ def test_the_command_prints_a_table_and_writes_its_figures(tmp_path: Path) -> No
         (["step", "shares=[0.5,1.0]"], ["shares=[0.5, 1.0]", "below 1"]),
         (["run", "shares=[1.0,0.5]"], ["shares=[1.0, 0.5]", "three or more"]),
         (["profile", "parent=pretrained", "parent.path=DIR"], ["parent.path=DIR", "random"]),
+        (["extract", "scale=1.5"], ["scale=1.5", "(0, 1]"]),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(

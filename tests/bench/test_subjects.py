@@ -11,7 +11,7 @@ from elastic.bench.run import StepTimes, variants_of
 from elastic.bench.subjects import StockStep, TrainingStep, balanced_members, shape_of
 from elastic.config import StepBenchConfig, parse
 from elastic.cost import parameters
-from elastic.extract.verify import plain_transformers
+from elastic.extract.compare import plain_transformers
 from tests.runs import CONF
 
 CPU = torch.device("cpu")

@@ -42,7 +42,9 @@ MIXED = Architecture(  # MLP widths and query heads that differ from layer to la
         AttentionLayer(6, 4),
     ),
 )
-UNEVEN = Architecture(11, (MambaLayer(0, 4, 6), MambaLayer(3, 2, 6)))
+UNEVEN = Architecture(
+    11, (MambaLayer(0, 4, 6), MLPLayer(1, 5), AttentionLayer(2, 4), MambaLayer(3, 2, 7))
+)
 """Mamba layers of two sizes: no stock checkpoint can hold it."""
 
 
@@ -69,6 +71,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = 4_000_000_000,
     fill: Callable[[HybridParent], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Weights, router and elastic.json; `fill` may overwrite the random weights."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,8 @@ def write_checkpoint(
         name: Member({"params": 0.5}, cost.parameters(shape, architecture), architecture)
         for name, architecture in members.items()
     }
-    Manifest(budgets, {"choices": {}}, {"depth": [3]}, {"tokens_seen": 7}).write(directory)
+    said = {"tokens_seen": 7} if provenance is None else dict(provenance)
+    Manifest(budgets, {"choices": {}}, {"depth": [3]}, said).write(directory)
     return Checkpoint(directory, parent)
 
 
@@ -118,7 +122,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A member that can only be stored padded; tests must not change it."""
+    """A member that can be stored padded or per layer; tests must not change it."""
     shape = tiny_shape(pattern="M-*MM-*")
     return write_checkpoint(tmp_path_factory.mktemp("mixed"), shape, {"mixed": MIXED})
 

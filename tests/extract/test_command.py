@@ -28,13 +28,15 @@ def assert_refused(result: subprocess.CompletedProcess[str], code: int, *words: 
 
 
 def test_extracts_and_says_so(checkpoint: Any, tmp_path: Path) -> None:
-    """Quietly: three lines on stdout, and no bar or warning where there is no terminal."""
+    """Quietly: four lines on stdout, and no bar or warning where there is no terminal."""
     output = tmp_path / "a" / "small"
     result = run(f"checkpoint={checkpoint.path}", "budget=small", f"output={output}")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert [line.split(":")[0].split(" ")[0] for line in lines] == ["small", "verified", "written"]
+    first = [line.split(":")[0].split(" ")[0] for line in lines]
+    assert first == ["small", "native", "verified", "written"]
+    assert "vLLM" in lines[1]
     assert (output / "model.safetensors").is_file()
 
 
@@ -43,6 +45,7 @@ SETTINGS = {
     "missing": ([], ["budget", "must be set"]),
     "wrong type": (["budget=small", "verify=perhaps"], ["verify", "perhaps"]),
     "bad dtype": (["budget=small", "dtype=int8"], ["dtype=int8", "one of source, float32"]),
+    "bad export": (["budget=small", "export=vllm"], ["export=vllm", "one of native, padded, per"]),
     "bad size": (["budget=small", "max_shard_bytes=0"], ["max_shard_bytes=0", "positive"]),
     "unknown budget": (["budget=tiny"], ["budget=tiny", "one of full, medium, small"]),
 }

@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from strategies import assert_near, random_tokens, tiny_shape
-from transformers import NemotronHForCausalLM
+from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 import elastic
 from elastic import cost
 from elastic.architecture import Architecture
 from elastic.extract import extract
+from elastic.layerwise.model import NemotronHElasticForCausalLM
+from elastic.tensors import StoredTensor
 
 
 def stock(directory: Path, **options: Any) -> NemotronHForCausalLM:
@@ -51,12 +54,132 @@ def test_loading_is_extracting_in_memory(checkpoint: Any, tmp_path: Path, budget
     assert differing <= {"_name_or_path"}
 
 
-def test_a_padded_member_loads_too(mixed: Any) -> None:
-    """And computes what the sliced parent computes."""
-    tokens = random_tokens(mixed.parent.shape)
+@pytest.mark.parametrize("budget", ["mixed", "uneven"])
+def test_a_member_of_many_sizes_comes_at_true_size(
+    checkpoint: Any, mixed: Any, budget: str
+) -> None:
+    """As a stock model's subclass, and it computes what the sliced parent computes."""
+    written = mixed if budget == "mixed" else checkpoint
+    tokens = random_tokens(written.parent.shape)
+    model = elastic.load(str(written.path), budget)
+    assert isinstance(model, NemotronHForCausalLM) and type(model) is NemotronHElasticForCausalLM
+    params = sum(weight.numel() for weight in model.parameters())
+    assert params == cost.parameters(written.parent.shape, written.member(budget))
     with torch.no_grad():
-        logits = elastic.load(str(mixed.path), "mixed")(tokens).logits
-        assert_near(logits, mixed.parent.logits(tokens, mixed.member("mixed")))
+        assert_near(model(tokens).logits, written.parent.logits(tokens, written.member(budget)))
+
+
+FORMS = [("small", "native"), ("mixed", "padded"), ("mixed", "per_layer"), ("uneven", "per_layer")]
+
+
+@pytest.mark.parametrize(("budget", "export"), FORMS)
+def test_an_exported_directory_loads_without_a_budget(
+    checkpoint: Any, mixed: Any, reads: Any, tmp_path: Path, budget: str, export: str
+) -> None:
+    """The very model that transformers makes of it; every tensor is read once."""
+    written = mixed if budget == "mixed" else checkpoint
+    settings = {"export": export, "verify": False, "max_shard_bytes": 3000}
+    output = extract(written.config(tmp_path / "out", budget, **settings))
+    reads.bytes = 0
+    model = elastic.load(output)
+    assert reads.elements == sum(weight.numel() for weight in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(output, local_files_only=True).eval()
+    assert type(model) is type(again) and not model.training
+    assert (type(model) is NemotronHForCausalLM) == (export != "per_layer")
+    assert_same_tensors(model, again)
+    tokens = random_tokens(written.parent.shape)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+    half = elastic.load(output, dtype="bfloat16")
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert half.config.dtype == torch.bfloat16
+
+
+def test_a_budget_goes_with_an_elastic_checkpoint_only(checkpoint: Any, tmp_path: Path) -> None:
+    """A missing one lists those there are, one too many is refused, each in one line."""
+    output = extract(checkpoint.config(tmp_path / "out", verify=False))
+    with pytest.raises(ValueError, match="budget: .* must be one of full, medium, small, uneven$"):
+        elastic.load(checkpoint.path)
+    with pytest.raises(ValueError, match="budget=small: .*out is a single model and loads without"):
+        elastic.load(output, "small")
+    for budget in (None, "small"):
+        with pytest.raises(ValueError, match="nowhere"):
+            elastic.load(tmp_path / "nowhere", budget)
+
+
+BAD_LAYERS: dict[str, Any] = {
+    "a layer too many": {"9": {"intermediate_size": 3}},
+    "a word for a size": {"1": {"intermediate_size": "wide"}},
+    "another size than is stored": {"1": {"intermediate_size": 4}},
+    "a list": [3, 4],
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYERS)
+def test_damaged_sizes_per_layer_are_one_line(checkpoint: Any, tmp_path: Path, name: str) -> None:
+    """Of config.json itself, or of the tensors that do not go with it."""
+    settings = {"export": "per_layer", "verify": False}
+    output = extract(checkpoint.config(tmp_path / "out", "uneven", **settings))
+    edit_json("config.json", lambda e: e | {"per_layer_config": BAD_LAYERS[name]})(output)
+    with pytest.raises(ValueError, match="out.*(makes no model|config.json asks for)") as caught:
+        elastic.load(output)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_budgets_of_one_directory_share_nothing(checkpoint: Any, reads: Any) -> None:
+    """Each has memory of its own and reads its own bytes, whatever was loaded before."""
+    models, counts = {}, []
+    for budget in ("small", "medium", "small"):
+        before = reads.elements
+        model = elastic.load(checkpoint.path, budget)
+        counts.append(reads.elements - before)
+        assert counts[-1] == cost.parameters(checkpoint.parent.shape, checkpoint.member(budget))
+        models[len(models)] = model
+    places = [{weight.data_ptr() for weight in m.state_dict().values()} for m in models.values()]
+    assert not places[0] & places[1] and not places[0] & places[2]
+    with torch.no_grad():
+        for weight in models[0].parameters():
+            weight.zero_()
+    assert_same_tensors(models[2], elastic.load(checkpoint.path, "small"))
+
+
+DEVICES = ["cpu", torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_go_to_the_device_block_by_block(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch, device: Any
+) -> None:
+    """Nothing of the model is in memory but blocks that were asked for one at a time; nothing is
+    left on meta."""
+    if str(device) == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    made, blocks = [], StoredTensor.blocks
+
+    def small_blocks(self: StoredTensor, cut: Any = None) -> Iterator[torch.Tensor]:
+        for block in blocks(self, cut, 200):
+            made.append(weakref.ref(block))
+            yield block
+            del block
+            alive = sum(reference() is not None for reference in made)
+            assert alive <= 1, "the block before is gone when the next is read"
+
+    monkeypatch.setattr(StoredTensor, "blocks", small_blocks)
+    model = elastic.load(checkpoint.path, "medium", dtype="bfloat16", device=device)
+    assert len(made) > 100
+    where = {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
+    assert where == {torch.device(device).type}
+    monkeypatch.undo()
+    assert_same_tensors(model.cpu(), elastic.load(checkpoint.path, "medium", "bfloat16"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "mps:x"])
+def test_a_bad_device_is_one_line_and_nothing_is_read(
+    checkpoint: Any, reads: Any, device: str
+) -> None:
+    with pytest.raises(ValueError, match=f"device={device}: must be .*cpu or cuda:0") as caught:
+        elastic.load(checkpoint.path, "small", device=device)
+    assert len(str(caught.value).splitlines()) == 1 and reads.bytes == 0
 
 
 def test_loading_reads_the_members_elements_only(checkpoint: Any, reads: Any) -> None:
@@ -81,7 +204,8 @@ def test_a_bad_dtype_names_the_allowed(checkpoint: Any) -> None:
 
 def test_importing_elastic_imports_no_torch() -> None:
     """Settings are checked, and help is shown, without seconds of imports."""
-    code = "import elastic, elastic.command, sys; sys.exit('torch' in sys.modules)"
+    heavy = "'torch' in sys.modules or 'transformers' in sys.modules"
+    code = f"import elastic, elastic.command, sys; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -123,7 +247,7 @@ def small(entry: dict[str, Any]) -> dict[str, Any]:
 
 EMBEDDING = "backbone.embeddings.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no manifest": (lambda d: (d / "elastic.json").unlink(), "elastic.json: not found"),
+    "no manifest": (lambda d: (d / "elastic.json").unlink(), "elastic.json not found"),
     "half a manifest": (
         lambda d: (d / "elastic.json").write_text('{"format_version": 1, "budgets'),  # type: ignore
         "elastic.json: damaged",
@@ -166,7 +290,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_shard(lambda t: t.update({EMBEDDING: torch.ones(3, 2)})),
         r"tensor backbone.embeddings.weight has shape \(3, 2\), config.json asks for \(40, 13\)",
     ),
-    "missing tensor": (edit_shard(lambda t: t.pop(EMBEDDING)), f"has no tensor {EMBEDDING}, though"),  # type: ignore
+    "missing tensor": (
+        edit_shard(lambda t: t.pop(EMBEDDING)),
+        f"has no tensor {EMBEDDING}, though",
+    ),  # type: ignore
     "unknown tensor": (
         edit_shard(lambda t: t.update(extra=torch.ones(1))),
         "has no entry for tensor extra",

@@ -50,7 +50,7 @@ def test_exactly_the_members_elements_are_read(checkpoint: Any, reads: Any, budg
 
 def test_padding_is_not_read(mixed: Any, reads: Any) -> None:
     """A padded member costs its own bytes to read, not the padding's."""
-    member = open_member(mixed.path, "mixed")
+    member = open_member(mixed.path, "mixed", export="padded")
     stored = sum(tensor.read().numel() for tensor in member.tensors())
     assert reads.elements == member.parameters < stored == member.stored_parameters
 
@@ -69,7 +69,8 @@ def test_padding_puts_zeros_behind_the_units_of_every_group(block_bytes: int) ->
 
 def test_padded_query_heads_sit_inside_their_kv_group(mixed: Any) -> None:
     """The layer with 2 of 4 stored query heads keeps one per KV group, zeros after each."""
-    tensors = {tensor.name: tensor.read() for tensor in open_member(mixed.path, "mixed").tensors()}
+    member = open_member(mixed.path, "mixed", export="padded")
+    tensors = {tensor.name: tensor.read() for tensor in member.tensors()}
     rows = tensors["backbone.layers.1.mixer.q_proj.weight"].unflatten(0, (4, 5))
     source = mixed.parent.state_dict()["backbone.layers.2.mixer.q_proj.weight"].unflatten(0, (6, 5))
     assert torch.equal(rows[[0, 2]], source[[0, 3], :, :9])
@@ -117,7 +118,22 @@ def test_kinds_without_a_kept_layer_keep_the_parents_sizes() -> None:
     assert stored == expected
 
 
-def test_mamba_layers_of_different_sizes_are_refused(checkpoint: Any) -> None:
-    """Padding them would not be exact, and the message says so and what to do."""
-    with pytest.raises(ValueError, match=r"budget uneven: Mamba layers .* not exact .* train with"):
-        open_member(checkpoint.path, "uneven")
+@pytest.mark.parametrize("budget", ["mixed", "uneven"])
+def test_at_true_size_exactly_the_members_elements_are_read_and_stored(
+    checkpoint: Any, mixed: Any, reads: Any, budget: str
+) -> None:
+    """Mamba widths included; config.json says every layer's sizes, and the widest once."""
+    written = mixed if budget == "mixed" else checkpoint
+    member = open_member(written.path, budget, export="per_layer")
+    stored = sum(tensor.read().numel() for tensor in member.tensors())
+    assert reads.elements == stored == member.parameters == member.stored_parameters
+    assert member.config["model_type"] == "nemotron_h_elastic"
+    layers = member.config["per_layer_config"]
+    if budget == "uneven":
+        assert layers == {
+            "0": {"mamba_num_heads": 4, "mamba_head_dim": 6},
+            "1": {"intermediate_size": 5},
+            "2": {"num_attention_heads": 4},
+            "3": {"mamba_num_heads": 2, "mamba_head_dim": 7},
+        }
+    assert member.config["mamba_num_heads"] == 4 and member.config["mamba_head_dim"] == 7

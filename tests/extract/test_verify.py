@@ -13,7 +13,8 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 
 import elastic.extract.export as export
 from elastic.extract import VerificationError, extract, open_member
-from elastic.extract.verify import TOLERANCE, parent_logits, plain_transformers, verify
+from elastic.extract.compare import TOLERANCE, Verified, plain_transformers
+from elastic.extract.verify import parent_logits, verify
 from elastic.masks import hard_keep
 from elastic.parent import HybridParent
 
@@ -32,12 +33,16 @@ def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 @pytest.mark.parametrize("budget", ["full", "medium", "small"])
 def test_a_true_extraction_passes(checkpoint: Any, tmp_path: Path, budget: str) -> None:
     output = extract(checkpoint.config(tmp_path / "out", budget, verify=False))
-    assert verify(output, open_member(checkpoint.path, budget)) <= TOLERANCE / 10
+    verified = verify(output, open_member(checkpoint.path, budget))
+    assert verified.check == "logits" and verified.share <= TOLERANCE / 10
+    assert "tensors are those of the cut, logits are within" in str(verified)
 
 
-def test_a_padded_extraction_passes(mixed: Any, tmp_path: Path) -> None:
-    output = extract(mixed.config(tmp_path / "out", "mixed", verify=False))
-    assert verify(output, open_member(mixed.path, "mixed")) <= TOLERANCE / 10
+@pytest.mark.parametrize("export", ["padded", "per_layer"])
+def test_an_extraction_of_many_widths_passes(mixed: Any, tmp_path: Path, export: str) -> None:
+    output = extract(mixed.config(tmp_path / "out", "mixed", verify=False, export=export))
+    verified = verify(output, open_member(mixed.path, "mixed", export=export))
+    assert verified.check == "logits" and verified.share <= TOLERANCE / 10
 
 
 NAMES = [
@@ -58,7 +63,7 @@ NAMES = [
 def test_a_tensor_in_another_order_is_noticed(checkpoint: Any, extracted: Path, name: str) -> None:
     """The units of one tensor shifted by one: the mistake that a wrong cut makes."""
     edit(extracted, lambda tensors: tensors.update({name: tensors[name].roll(1, 0).clone()}))
-    with pytest.raises(VerificationError, match="differ by .* of the largest logit, more than"):
+    with pytest.raises(VerificationError, match="logits .* differ by .* of the largest, more than"):
         verify(extracted, open_member(checkpoint.path, "small"))
 
 
@@ -93,7 +98,7 @@ def test_a_difference_leaves_no_output(
     """The check runs on the temporary directory, before it gets its name."""
     seen = []
 
-    def spoil(directory: Path, member: Any) -> float:
+    def spoil(directory: Path, member: Any) -> Verified:
         seen.append(directory.name)
         edit(directory, lambda tensors: tensors["backbone.norm_f.weight"].mul_(1.01))
         return verify(directory, member)
@@ -151,7 +156,7 @@ def test_installed_gpu_kernels_are_not_asked(
 
     kernel.__module__ = modeling_nemotron_h.__name__
     monkeypatch.setattr(modeling_nemotron_h, "mamba2_chunk_scan", kernel)
-    assert verify(extracted, open_member(checkpoint.path, "small")) <= TOLERANCE
+    assert verify(extracted, open_member(checkpoint.path, "small")).share <= TOLERANCE
     assert modeling_nemotron_h.mamba2_chunk_scan is kernel, "put back afterwards"
     with plain_transformers():
         assert modeling_nemotron_h.mamba2_chunk_scan is plain.__wrapped__

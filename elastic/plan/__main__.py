@@ -1,0 +1,21 @@
+"""python -m elastic.plan experiment=nano_v2_12b [key=value ...] [json=PATH]."""
+
+from pathlib import Path
+
+from elastic.command import command
+from elastic.config import PlanConfig
+from elastic.files import write_json
+from elastic.plan.text import describe
+from elastic.plan.work import make_plan
+
+
+def main(config: PlanConfig) -> None:
+    """Print what a run would do and whether it fits; exit code 2 for one that cannot be."""
+    plan = make_plan(config)
+    if config.json is not None:
+        write_json(Path(config.json), plan)
+    print(describe(plan))
+
+
+if __name__ == "__main__":
+    command("plan", PlanConfig, main)

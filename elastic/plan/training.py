@@ -1,0 +1,96 @@
+"""What training takes: tokens, steps, passes, FLOPs and GPU-hours, stage by stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elastic.architecture import Architecture
+from elastic.config import ParentShape, PlanConfig
+from elastic.cost import flops_per_token
+from elastic.curriculum import Stage, budget_probabilities
+
+SEPARATE_TOKENS, SCRATCH_TOKENS = 750e9, 40e12
+"""6B and 9B by sequential compression, and pretrained from scratch (arXiv 2511.16664, table 2)."""
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage; FLOPs are totals over all processes."""
+
+    name: str
+    tokens: int
+    steps: int
+    batch_tokens: int
+    sequence_length: int
+    passes_per_step: int
+    """Forward passes of one process for one optimizer step."""
+    sequences_per_pass: int
+    soft_share: float
+    """Of its tokens, those before the router freezes."""
+    forward: float
+    """FLOPs of the members' forward passes."""
+    backward: float
+    recomputed: float
+    teacher: float
+
+    @property
+    def flops(self) -> float:
+        return self.forward + self.backward + self.recomputed + self.teacher
+
+
+def stage_work(
+    config: PlanConfig, shape: ParentShape, stage: Stage, members: Mapping[str, Architecture]
+) -> StageWork:
+    """What a stage computes.
+
+    While the router learns, every budget computes the whole parent; afterwards each its own member.
+    The backward pass costs twice the forward pass, and checkpointing one more of these.
+    """
+    length, tokens = stage.config.sequence_length, stage.tokens
+    whole = flops_per_token(shape, Architecture.full(shape), length)
+    soft, forward, teacher = 0.0, float(whole), 0.0
+    if stage.config.mode == "elastic":
+        soft = _soft_share(stage, config.router.freeze_at)
+        passes = passes_per_token(stage, list(members))
+        frozen = sum(
+            times * flops_per_token(shape, members[name], length) for name, times in passes.items()
+        )
+        forward = soft * sum(passes.values()) * whole + (1 - soft) * frozen
+        teacher = 0.0 if config.objective.teacher in ("stored", "in_place") else float(whole)
+    again = forward if config.parent.activation_checkpointing else 0.0
+    return StageWork(
+        name=stage.name,
+        tokens=tokens,
+        steps=stage.steps,
+        batch_tokens=stage.config.batch_tokens,
+        sequence_length=length,
+        passes_per_step=stage.accumulation,
+        sequences_per_pass=stage.batch_sequences,
+        soft_share=soft,
+        forward=tokens * forward,
+        backward=2 * tokens * forward,
+        recomputed=tokens * again,
+        teacher=tokens * teacher,
+    )
+
+
+def _soft_share(stage: Stage, freeze_at: float) -> float:
+    """Share of a stage's tokens before the freeze."""
+    until = freeze_at * stage.tokens_of_mode - stage.tokens_before
+    return min(max(until / stage.tokens, 0.0), 1.0)
+
+
+def passes_per_token(stage: Stage, budgets: list[str]) -> dict[str, float]:
+    """How often, on average, a token passes through each budget's member; largest first."""
+    probabilities = budget_probabilities(stage.config, budgets)
+    if stage.config.budgets_per_batch == "one":
+        return probabilities
+    if stage.config.budgets_per_batch == "all":
+        return {name: float(share > 0) for name, share in probabilities.items()}
+    between = sum(probabilities[name] for name in budgets[1:-1])
+    inner = {name: probabilities[name] / between for name in budgets[1:-1]}
+    return {budgets[0]: 1.0, **inner, budgets[-1]: 1.0}
+
+
+def gpu_hours(config: PlanConfig, flops: float) -> float:
+    """At the assumed share of the peak."""
+    return flops / (config.plan.gpu_tflops * 1e12 * config.plan.utilisation) / 3600
