@@ -6,6 +6,7 @@ all families that meet every budget (and are nested, when asked) the most probab
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ import numpy as np
 
 from elastic.architecture import AXIS_KIND, Architecture, Selection, Space, droppable_layers
 from elastic.config import AXES, BudgetConfig, ConfigError, ImportanceConfig, ParentShape
-from elastic.cost import LayerSize, layer_parameters, parameters
+from elastic.cost import LayerSize, layer_parameters, parameters, total_parameters
+
+WIDTH_AXIS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
+"""Axis that sets the width of a kind of layer."""
 
 LogProbabilities = Mapping[str, np.ndarray]
 """axis -> (decisions, choices); an axis that is left alone may be absent."""
@@ -83,6 +87,7 @@ class Search:
         self.full = parameters(space.shape, Architecture.full(space.shape))
         self._once = [axis for axis in AXES if axis not in space.heterogeneous]
         self._layered = [axis for axis in AXES if axis in space.heterogeneous]
+        self._kinds: dict[int, Counter[str]] = {}
 
     def family(
         self,
@@ -220,6 +225,15 @@ class Search:
             taken.append(choice)
         return scores, taken, unit
 
+    def _kept(self, depth: int) -> Counter[str]:
+        """Layers of each kind that a choice of depth keeps."""
+        if depth not in self._kinds:
+            kept = self.space.choices["depth"][depth]
+            dropped = self.drop_order[: len(self.space.shape.pattern) - kept]
+            kinds = self.space.shape.kinds
+            self._kinds[depth] = Counter(kinds) - Counter(kinds[layer] for layer in dropped)
+        return self._kinds[depth]
+
     def _dropped(self, once: Selection) -> set[int]:
         kept = self.space.choices["depth"][once["depth"][0]]
         return set(self.drop_order[: len(self.space.shape.pattern) - kept])
@@ -232,9 +246,12 @@ class Search:
         shape = self.space.shape
         hidden = self.space.choices["hidden"][once["hidden"][0]]
         channels = self.space.choices["mamba_head_dim"][once["mamba_head_dim"][0]]
-        selection = once | {axis: outer[axis] for axis in self._layered}
-        base = parameters(shape, self.space.architecture(selection, self.drop_order))
-        dropped = self._dropped(once)
+        base = total_parameters(shape, hidden, ())
+        for kind, count in self._kept(once["depth"][0]).items():
+            axis = WIDTH_AXIS[kind]
+            # a layer's cost is linear in its width: what depends on it is in the tables
+            width = 0 if axis in self._layered else self.space.choices[axis][once[axis][0]]
+            base += count * layer_parameters(shape, hidden, LayerSize(kind, width, channels))
         tables = []
         for axis in self._layered:
             kind = AXIS_KIND[axis]
@@ -243,13 +260,6 @@ class Search:
                 for width in (2, 1)
             )
             slope = two - one
-            layers = self.space.layers_of(axis)
-            there = sum(
-                self.space.choices[axis][index]
-                for layer, index in zip(layers, outer[axis], strict=True)
-                if layer not in dropped
-            )
-            base -= slope * there
             log = _log(log_probabilities, self.space, axis)
             scores, taken, unit = self._sums(axis, log, once, outer)
             costs = np.arange(len(scores), dtype=np.int64) * unit * slope

@@ -1,7 +1,7 @@
 """The published experiments from end to end: a checkpoint as it is in the wild, at small size.
 
-Everything but the sizes is the experiment's: a parent that is given, its tokenizer, local files, two
-stages of all budgets together, the published names of the budgets.
+Everything but the sizes is the experiment's: a parent that is given, its tokenizer, local files,
+two stages of all budgets together, the published names of the budgets.
 """
 
 import json
@@ -71,6 +71,8 @@ def small(run_dir: Path, parent: Path, experiment: str, *overrides: str) -> RunC
         "data.validation_sequences=2",
         "trainer=cpu",
         "trainer.num_nodes=1",
+        "trainer.strategy=single",
+        "objective.teacher=replicated",
         "space.hidden=[48,44,40,36,32,28]",
         "space.ffn=[128,112,96,80,64]",
         "space.mamba_heads=[4,2]",
@@ -102,9 +104,7 @@ def test_a_checkpoint_from_the_wild_becomes_a_family(
         for name, weight in load_file(path).items():
             assert written[name].dtype == weight.dtype, name
     smallest = list(manifest.budgets)[-1]
-    extract(
-        ExtractConfig(checkpoint=str(output), budget=smallest, output=str(tmp_path / smallest))
-    )
+    extract(ExtractConfig(checkpoint=str(output), budget=smallest, output=str(tmp_path / smallest)))
     model = elastic.load(output, smallest)
     assert sum(w.numel() for w in model.parameters()) == manifest.budgets[smallest].params
     assert model.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ of query heads can be zero-padded to the widest kept layer of the kind, which is
 Any member can be stored at true size, for a model of our own (`elastic.layerwise`).
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from elastic.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
 from elastic.layerwise.sizes import layerwise_config
 from elastic.manifest import NAME, Manifest, Member
 from elastic.parent.stock import read_config, read_shape, stock_config
-from elastic.tensors import BLOCK_BYTES, Pending, StoredTensor, TensorStore
+from elastic.tensors import BLOCK_BYTES, Pending, StoredTensor, TensorStore, ahead
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
 """What the sizes of a kind of layer are called."""
@@ -204,7 +205,9 @@ class OpenMember:
         self, stored: StoredTensor, cut: Cut, place: Cut, size: tuple[int, ...]
     ) -> Iterator[Tensor]:
         kept = tuple(size_of(ranges, n) for ranges, n in zip(place, size, strict=True))
-        blocks = stored.blocks(cut)
+        blocks = stored.blocks(cut, BLOCK_BYTES, True)
+        if math.prod(kept) * stored.dtype.itemsize > BLOCK_BYTES:
+            blocks = ahead(blocks)  # what is written of it meanwhile does not wait
         return blocks if kept == size else padded(blocks, place, size)
 
 

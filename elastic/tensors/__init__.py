@@ -4,7 +4,8 @@ Nothing is memory-mapped while data moves, so that resident memory is that of a 
 the size of the checkpoint.
 """
 
+from elastic.tensors.ahead import ahead
 from elastic.tensors.reading import BLOCK_BYTES, StoredTensor, TensorStore
 from elastic.tensors.writing import Pending, write_shards
 
-__all__ = ["BLOCK_BYTES", "Pending", "StoredTensor", "TensorStore", "write_shards"]
+__all__ = ["BLOCK_BYTES", "Pending", "StoredTensor", "TensorStore", "ahead", "write_shards"]

@@ -156,7 +156,7 @@ def test_tensors_go_to_the_device_block_by_block(
         pytest.skip("no CUDA device")
     made, blocks = [], StoredTensor.blocks
 
-    def small_blocks(self: StoredTensor, cut: Any = None) -> Iterator[torch.Tensor]:
+    def small_blocks(self: StoredTensor, cut: Any, *_: Any) -> Iterator[torch.Tensor]:
         for block in blocks(self, cut, 200):
             made.append(weakref.ref(block))
             yield block

@@ -313,7 +313,10 @@ def test_tensors_that_do_not_fit_config_json_are_refused(
     ("changes", "message"),
     [
         ({"model_type": "llama"}, r"config\.json: model_type=llama must be nemotron_h"),
-        ({"hybrid_override_pattern": "ME*M-", "layers_block_type": None}, r"pattern=ME\*M-: .*E \(mixture of experts\)"),
+        (
+            {"hybrid_override_pattern": "ME*M-", "layers_block_type": None},
+            r"pattern=ME\*M-: .*E \(mixture of experts\)",
+        ),
         ({"hybrid_override_pattern": "M-*M"}, r"=M-\*M and layers_block_type \(M-\*M-\) disagree"),
         (
             {"hybrid_override_pattern": "M-*M", "layers_block_type": None},
