@@ -5,33 +5,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from elastic.bench import sorting
 from elastic.config import ParentShape
 from elastic.importance import Orders
 
 
 def random_orders(shape: ParentShape, seed: int) -> Orders:
     """Legal ones: heads stay in their group, everything else goes anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def shuffled(size: int, groups: int = 1) -> Tensor:
-        each = size // groups
-        parts = [g * each + torch.randperm(each, generator=generator) for g in range(groups)]
-        return torch.cat(parts)
-
-    layers = {
-        kind: [index for index, k in enumerate(shape.kinds) if k == kind]
-        for kind in ("mamba", "mlp", "attention")
-    }
-    heads, queries = shape.mamba_num_heads, shape.num_attention_heads
-    return Orders(
-        hidden=shuffled(shape.hidden_size),
-        ffn={index: shuffled(shape.intermediate_size) for index in layers["mlp"]},
-        mamba_heads={index: shuffled(heads, shape.n_groups) for index in layers["mamba"]},
-        mamba_channels={index: shuffled(shape.mamba_head_dim) for index in layers["mamba"]},
-        attention_heads={
-            index: shuffled(queries, shape.num_key_value_heads) for index in layers["attention"]
-        },
-    )
+    return sorting.random_orders(shape, torch.Generator().manual_seed(seed))
 
 
 def identity_orders(shape: ParentShape) -> Orders:

@@ -7,10 +7,11 @@ import contextlib
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from elastic.bench.measure import resident_peak
 from elastic.config import ExtractConfig
 from elastic.extract import extract, open_member
 from elastic.extract.verify import verify
+
+T = TypeVar("T")
 
 COUNTERS = Path("/proc/self/io")
 """Where Linux counts what a process reads."""
@@ -40,9 +43,14 @@ class Cut:
 
 def in_child(settings: ExtractConfig, verified: bool) -> Cut:
     """Cut in a process of its own: what another has left resident is not taken for its memory."""
+    return in_process(cut, asdict(settings), verified, torch.get_num_threads())
+
+
+def in_process(work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` returns in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(cut, asdict(settings), verified, torch.get_num_threads()).result()
+        return pool.submit(work, *arguments).result()
 
 
 def cut(settings: dict[str, Any], verified: bool, threads: int) -> Cut:

@@ -19,8 +19,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from elastic.bench.cutting import COUNTERS, Cut, in_child
+from elastic.bench.cutting import COUNTERS, Cut, in_child, in_process
 from elastic.bench.result import Figures, Result, table
+from elastic.bench.sorting import sort
 from elastic.bench.subjects import shape_of
 from elastic.bench.synthetic import (
     bytes_of,
@@ -53,7 +54,8 @@ def measure(config: ExtractBenchConfig, device: torch.device) -> Result:
     smaller = [name for name, share in shares.items() if share < 1]
     outputs = [weight_bytes(shape, choices[name].architecture, 2) for name in smaller]
     place = Path(config.dir)
-    require_space(place, round(1.02 * (bytes_of(shape) + max(outputs))) + (64 << 20))
+    largest = bytes_of(shape) if config.sort else max(outputs)
+    require_space(place, round(1.02 * (bytes_of(shape) + largest)) + (64 << 20))
     with _directory(place, config.keep) as directory:
         checkpoint = directory / "checkpoint"
         start = time.perf_counter()
@@ -61,6 +63,8 @@ def measure(config: ExtractBenchConfig, device: torch.device) -> Result:
         spent = time.perf_counter() - start
         say(f"the checkpoint: {total / 1e9:.3g} GB in {spent:.0f} s")
         figures: Figures = {"checkpoint_gb": total / 1e9}
+        if config.sort:
+            figures["sort"] = _measure_sort(config, checkpoint, total)
         for name in smaller:
             figures[name] = _measure_member(config, checkpoint, name)
             params = figures[name]["parameters"]
@@ -115,6 +119,24 @@ def _measure_member(config: ExtractBenchConfig, checkpoint: Path, name: str) -> 
     if last.verify_seconds is not None:
         figures["verify_seconds"] = last.verify_seconds
     return figures
+
+
+def _measure_sort(config: ExtractBenchConfig, checkpoint: Path, size: int) -> Figures:
+    """Sort the whole checkpoint by random legal orders, beside copying it."""
+    copy, output = checkpoint.parent / "copy", checkpoint.parent / "sorted"
+    copied = _copy(checkpoint, copy, size)
+    shutil.rmtree(copy)
+    drop_cache(checkpoint)
+    seconds, peak = in_process(sort, checkpoint, output, config.seed)
+    shutil.rmtree(output)
+    say(f"the checkpoint: copied in {copied:.1f} s, sorted in {seconds:.1f} s")
+    return {
+        "gb": size / 1e9,
+        "seconds": seconds,
+        "copy_seconds": copied,
+        "time_over_copy": seconds / copied,
+        "peak_rss_gib": peak / 2**30,
+    }
 
 
 def _copy(checkpoint: Path, target: Path, size: int) -> float:
@@ -213,4 +235,10 @@ def _table(figures: Figures, names: list[str]) -> str:
     goals = ", ".join(
         f"{figure} {figures[figure]:.3g} (goal {goal:g})" for figure, goal in GOALS.items()
     )
-    return f"{table((*header, 'verify s'), rows)}\n{goals}"
+    text = f"{table((*header, 'verify s'), rows)}\n{goals}"
+    if "sort" in figures:
+        text += (
+            "\nsorting the whole checkpoint: {seconds:.1f} s, copying it {copy_seconds:.1f} s "
+            "({time_over_copy:.2f} x), peak {peak_rss_gib:.2f} GiB".format(**figures["sort"])
+        )
+    return text

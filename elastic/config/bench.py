@@ -228,6 +228,8 @@ class ExtractBenchConfig(BenchConfig):
     """Largest shard of the checkpoint."""
     verify: bool = True
     """Verify every member once."""
+    sort: bool = True
+    """Sort the whole checkpoint too."""
     keep: bool = False
     """Leave the directory behind, with the checkpoint and the last of the cuts."""
 

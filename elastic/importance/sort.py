@@ -24,7 +24,7 @@ from elastic.parent import HybridParent
 from elastic.parent.companions import copy_companions
 from elastic.parent.stock import read_config
 from elastic.parent.weights import open_weights, save_weights
-from elastic.tensors import Pending, StoredTensor
+from elastic.tensors import Pending, StoredTensor, ahead
 
 RANKING = "ranking.json"
 """Says by which ranking a checkpoint was sorted."""
@@ -163,7 +163,7 @@ def _sorted_blocks(stored: StoredTensor, permutation: Permutation) -> Iterator[T
     """Rows are read in their new order, columns reordered in memory."""
     rows, columns = permutation
     cut = None if rows is None else (_runs(rows), *(None for _ in stored.shape[1:]))
-    for block in stored.blocks(cut):
+    for block in ahead(stored.blocks(cut)):  # writing does not wait for it
         yield block if columns is None else block.index_select(1, columns)
 
 

@@ -162,13 +162,22 @@ def test_values_that_a_narrow_type_cannot_hold(write: Any, checkpoint: Any, tmp_
 # The forward of blocks alone: what equal tensors cannot know is whether the cut itself is right.
 
 
-def compare_blocks(output: Path, member: OpenMember) -> tuple[float, int]:
+def compare_blocks(output: Path, member: OpenMember, attention: str = "sdpa") -> tuple[float, int]:
     stored = TensorStore(output, {tensor.name: tensor.shape for tensor in member.tensors()})
     kind: Any = model_class(member)
+    config = kind.config_class.from_pretrained(output, attn_implementation=attention)
     with torch.device("meta"):
-        model: NemotronHForCausalLM = kind(kind.config_class.from_pretrained(output)).eval()
+        model: NemotronHForCausalLM = kind(config).eval()
     with torch.no_grad():
         return blocks.check_blocks(model, stored, member)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_causal_whatever_computes_it(
+    small: tuple[Path, OpenMember], attention: str
+) -> None:
+    """One of them asks for a mask."""
+    assert compare_blocks(*small, attention)[0] <= TOLERANCE / 10
 
 
 NAMES = {
