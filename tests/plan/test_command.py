@@ -27,13 +27,21 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_prints_and_writes_the_same_plan(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "plan.json"
-    done = run("experiment=nano_v2_12b", "plan.gpus=[8]", f"json={path}")  # in a few seconds
+    wasteful = ["trainer.strategy=zero2", "objective.teacher=replicated"]
+    done = run("experiment=nano_v2_12b", *wasteful, "plan.gpus=[8]", f"json={path}")
     assert (done.returncode, done.stderr) == (0, "")
     written = json.loads(path.read_text())
     assert done.stdout == describe(written) + "\n"
     assert [entry["gpus"] for entry in written["memory"]["gpus"]] == [8, 128]
     for words in ("12,310,001,152", "8 GPUs", "DOES NOT FIT", "It fits with", "GiB"):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize("name", ["nano_v2_12b", "nano_v2_9b"])
+def test_the_published_experiments_fit_their_gpus(name: str) -> None:
+    """As they are configured: users start from them."""
+    configured = made(f"experiment={name}")["memory"]["configured"]
+    assert configured["gpus"] == 128 and configured["fits"]
 
 
 def test_an_unreachable_budget_is_one_line_and_exit_code_2() -> None:
