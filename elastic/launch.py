@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from elastic.cluster.lock import RunLock
-from elastic.cluster.place import find_place, first_alone, joined, launched
+from elastic.cluster.place import find_device, find_place, first_alone, joined, launched
 from elastic.cluster.signals import StopSignals
 from elastic.cluster.watchdog import Watchdog
 from elastic.config import ConfigError, RunConfig, parse
 from elastic.module import TrainingDiverged
 from elastic.resume import CheckpointFailed
-from elastic.trainer import Run, find_device
+from elastic.trainer import Run
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _run(config: RunConfig) -> Path:
     patience = config.trainer.patience
     with (
         StopSignals() as signals,
-        joined(place, find_device(config)),
+        joined(place, find_device(config.trainer)),
         Watchdog(place, patience),
         ExitStack() as held,
     ):

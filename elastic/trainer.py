@@ -14,10 +14,10 @@ from torch import Tensor
 from elastic import checkpoint as elastic_checkpoint
 from elastic.architecture import Architecture, Space
 from elastic.callbacks import BudgetValidation, Checkpoints, Metrics, Progress, Restore
-from elastic.cluster.place import ALONE, Place, first_alone, wait_for_all
+from elastic.cluster.place import ALONE, Place, find_device, first_alone, wait_for_all
 from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals
 from elastic.cluster.strategies import build_strategy, check_zero
-from elastic.config import ConfigError, ParentShape, RunConfig
+from elastic.config import ParentShape, RunConfig
 from elastic.cost import parameters
 from elastic.curriculum import Stage, budget_probabilities, check_budgets, plan
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
@@ -59,15 +59,12 @@ class Run:
         check_run_dir(config, first=place.rank == 0)
         stages = config.curriculum.stages
         self.stages = plan(stages, config.trainer, list(config.budgets))
+        if config.parent.path is not None and config.parent.shape is not None:
+            self._check_sizes(config.parent.shape)  # before a download of hours
         self.source, self.parent_config, self.shape = self._find_parent()
-        self.space = Space.build(config.space, self.shape)
-        self.targets = targets_of(config.budgets, self.shape)
-        full = parameters(self.shape, Architecture.full(self.shape))
-        check_budgets(stages, self.targets, full, config.objective.teacher == "in_place")
-        nested, tolerance = config.space.nested, config.space.tolerance
-        check_reachable(self.space, self.targets, config.importance, tolerance, nested)
+        self.space, self.targets = self._check_sizes(self.shape)
         check_objective(config.objective, self.shape.vocab_size)
-        self.device = find_device(config)
+        self.device = find_device(config.trainer)
         check_zero(config.trainer, self.device)
         check_teacher(config.objective.teacher, config.trainer.world_size)
         self.kernels = resolve_kernels(config.parent.kernels, self.device)
@@ -123,6 +120,18 @@ class Run:
         self.config.parent.check_shape(shape)
         return source, read_config(source), shape
 
+    def _check_sizes(self, shape: ParentShape) -> tuple[Space, dict[str, int]]:
+        """The space, and targets largest first; every budget must be reachable."""
+        config = self.config
+        space = Space.build(config.space, shape)
+        targets = targets_of(config.budgets, shape)
+        full = parameters(shape, Architecture.full(shape))
+        in_place = config.objective.teacher == "in_place"
+        check_budgets(config.curriculum.stages, targets, full, in_place)
+        limits = config.space.tolerance, config.space.nested
+        check_reachable(space, targets, config.importance, *limits)
+        return space, targets
+
     def _check_lengths(self) -> None:
         """Every sequence length must fit into the text, the calibration's too."""
         for stage in self.stages:
@@ -158,18 +167,13 @@ class Run:
     def _calibration(self) -> Tensor:
         """Calibration text (samples, t) int64, spread evenly over the training text."""
         settings = self.config.importance
-        windows = PackedTokens(
-            self.data.train,
-            settings.sequence_length,
-            setting="importance.sequence_length",
-            text="training text",
-        )
+        names = {"setting": "importance.sequence_length", "text": "training text"}
+        windows = PackedTokens(self.data.train, settings.sequence_length, **names)
         count = min(max(settings.samples, settings.depth_samples), len(windows))
         return torch.stack([windows[i * len(windows) // count][:-1] for i in range(count)])
 
     def _blank_parent(self) -> HybridParent:
-        checkpointing = self.config.parent.activation_checkpointing
-        return HybridParent(self.shape, self.kernels, checkpointing)
+        return HybridParent(self.shape, self.kernels, self.config.parent.activation_checkpointing)
 
     def _random_parent(self) -> HybridParent:
         return self._blank_parent().initialise(torch.Generator().manual_seed(self.config.seed))
@@ -394,16 +398,3 @@ class Run:
             )
             log.info("elastic checkpoint after stage %s:\n%s", stage.name, describe(choices))
         wait_for_all()
-
-
-def find_device(config: RunConfig) -> torch.device:
-    """Where a run computes.
-
-    Raises:
-        ConfigError: on a GPU that is not there.
-    """
-    wanted = config.trainer.accelerator
-    if wanted == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
-    on_gpu = wanted != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")

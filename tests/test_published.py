@@ -115,7 +115,16 @@ def test_another_parent_than_announced_is_refused_before_any_work(
 ) -> None:
     """The sizes of the experiment are those that were planned."""
     config = small(tmp_path / "run", wild, "nano_v2_12b")
-    config.parent.shape = ParentShape(**{**vars(SHAPE), "hidden_size": 56})
-    with pytest.raises(ConfigError, match=r"parent.shape.hidden_size=56: must be 48, as in"):
+    config.parent.shape = ParentShape(**{**vars(SHAPE), "ssm_state_size": 24})
+    with pytest.raises(ConfigError, match=r"parent.shape.ssm_state_size=24: must be 16, as in"):
         launch(config)
     assert not (tmp_path / "run" / "sorted").exists()
+
+
+def test_sizes_are_checked_before_anything_is_downloaded(tmp_path: Path) -> None:
+    """They are announced, and a checkpoint of this size takes hours."""
+    config = small(tmp_path / "run", tmp_path / "not-there-yet", "nano_v2_12b")
+    config.parent.shape = ParentShape(**{**vars(SHAPE)})
+    config.budgets["9b"].params = 2e9
+    with pytest.raises(ConfigError, match=r"budgets.9b.params=2e\+09: must be at most the parent"):
+        launch(config)

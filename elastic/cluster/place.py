@@ -172,3 +172,16 @@ class Given(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return self.place.node
+
+
+def find_device(trainer: TrainerConfig) -> torch.device:
+    """Where a run computes.
+
+    Raises:
+        ConfigError: on a GPU that is not there.
+    """
+    wanted = trainer.accelerator
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
+    on_gpu = wanted != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
