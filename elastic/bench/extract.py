@@ -34,8 +34,8 @@ from elastic.bench.synthetic import (
 from elastic.config import ConfigError, ExtractBenchConfig, ExtractConfig
 from elastic.cost import weight_bytes
 from elastic.extract import open_member
-from elastic.extract.progress import Progress
 from elastic.files import require_space, sync
+from elastic.tensors.progress import Progress
 
 CHUNK = 8 << 20
 """Bytes per system call of a copy, as in `shutil.copyfile`."""

@@ -8,12 +8,12 @@ from elastic.config import ExtractConfig
 from elastic.cost import parameters
 from elastic.extract.card import LOADERS, write_card
 from elastic.extract.loading import resolve_dtype
-from elastic.extract.progress import Progress
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import verify
 from elastic.files import atomic_directory, require_space, write_json
 from elastic.parent.companions import companions, copy_companions
 from elastic.tensors import write_shards
+from elastic.tensors.progress import Progress
 
 _ROOM_BYTES = 4 << 20
 """Room for what is written beside weights and copied files: headers, index, card."""

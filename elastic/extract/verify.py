@@ -25,12 +25,12 @@ from elastic.extract.compare import (
     model_class,
     plain_transformers,
 )
-from elastic.extract.progress import Progress
 from elastic.extract.slice import OpenMember
 from elastic.extract.verify_blocks import check_blocks
 from elastic.masks import hard_keep
 from elastic.parent import HybridParent
 from elastic.tensors import Pending, StoredTensor, TensorStore
+from elastic.tensors.progress import Progress
 
 MEMORY_BYTES = 1 << 30
 """Weights in float32 and logits that a check of the whole model may hold. Everything else, most of

@@ -5,7 +5,6 @@ on disk row block by row block.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from elastic.config import ParentShape
 from elastic.cut import Ranges, tensor_shapes
@@ -25,6 +23,7 @@ from elastic.parent.companions import copy_companions
 from elastic.parent.stock import read_config
 from elastic.parent.weights import open_weights, save_weights
 from elastic.tensors import Pending, StoredTensor, ahead
+from elastic.tensors.progress import Progress
 
 RANKING = "ranking.json"
 """Says by which ranking a checkpoint was sorted."""
@@ -137,15 +136,8 @@ def sort_checkpoint(
     for name, size in tensor_shapes(shape).items():
         blocks = partial(_sorted_blocks, store[name], table[name])
         tensors.append(Pending(name, size, store[name].dtype, blocks))
-    with tqdm(
-        desc="sorting",
-        total=sum(tensor.bytes for tensor in tensors),
-        unit="B",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        dynamic_ncols=True,
-    ) as bar:
-        save_weights(target, shape, tensors, read_config(source), max_shard_bytes, bar.update)
+    with Progress(sum(tensor.bytes for tensor in tensors), "sorting") as progress:
+        save_weights(target, shape, tensors, read_config(source), max_shard_bytes, progress)
     copy_companions(source, target)
     write_json(target / RANKING, {"key": ranking.key})
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic.extract.progress import Progress
+from elastic.tensors.progress import Progress
 
 
 def test_a_line_every_ten_seconds_says_how_long_the_rest_may_take(
