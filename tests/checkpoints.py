@@ -27,6 +27,14 @@ def saved(directory: Path, shape: ParentShape, **arguments: Any) -> HybridParent
     return parent
 
 
+def in_published_types(parent: HybridParent) -> HybridParent:
+    """The same parent in bfloat16, with what published checkpoints keep in float32 left so."""
+    for name, weight in parent.named_parameters():
+        if not name.endswith(("A_log", ".D", "dt_bias")):
+            weight.data = weight.data.bfloat16()
+    return parent
+
+
 def load_stock(directory: Path) -> NemotronHForCausalLM:
     """Stock transformers, offline and without remote code; every tensor must find its place."""
     model, info = NemotronHForCausalLM.from_pretrained(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import in_published_types
 from runs import CALIBRATION, CONF, STDLIB, settings, stage
 from safetensors.torch import load_file
 from strategies import random_parent, tiny_shape
@@ -43,10 +44,7 @@ SHAPE = tiny_shape(
 def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bfloat16 with float32 pieces, sharded, config.json of the remote-code era, a licence."""
     directory = tmp_path_factory.mktemp("wild")
-    parent = random_parent(SHAPE)
-    for name, weight in parent.named_parameters():
-        if not name.endswith(("A_log", ".D", "dt_bias")):
-            weight.data = weight.data.bfloat16()
+    parent = in_published_types(random_parent(SHAPE))
     save_parent(parent, directory, max_shard_bytes=30_000)
     config = json.loads((directory / "config.json").read_text())
     del config["layers_block_type"]

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.utils import logging
 
 from elastic.extract.slice import OpenMember
-from elastic.tensors import StoredTensor
+from elastic.tensors import StoredTensor, assembled
 
 TOLERANCE = 1e-4
 """Largest difference of two results, as a share of the largest value."""
@@ -77,11 +77,9 @@ def fill(
     """Put float32 weights into a module on the meta device; they are rounded to `dtype` first."""
     for name, weight in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        value = torch.empty(weight.shape, dtype=torch.float32)
-        at = 0
-        for block in tensors[f"{prefix}.{name}"].blocks():
-            value[at : at + len(block)] = block if dtype is None else block.to(dtype)
-            at += len(block)
+        stored = tensors[f"{prefix}.{name}"]
+        blocks = (block.to(dtype or stored.dtype) for block in stored.blocks())
+        value = assembled(blocks, torch.empty(weight.shape, dtype=torch.float32))
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 

@@ -11,7 +11,7 @@ from elastic.cut import tensor_shapes
 from elastic.files import require_space, write_json
 from elastic.parent.hybrid import HybridParent
 from elastic.parent.stock import read_config, read_shape, stock_config
-from elastic.tensors import Pending, TensorStore, write_shards
+from elastic.tensors import Pending, TensorStore, assembled, write_shards
 
 
 def locate(path: str) -> Path:
@@ -61,10 +61,7 @@ def load_parent(
     parent = HybridParent(shape, kernels, activation_checkpointing)
     with torch.no_grad():
         for name, weight in parent.state_dict().items():
-            at = 0
-            for block in store[name].blocks():
-                weight[at : at + len(block)] = block
-                at += len(block)
+            assembled(store[name].blocks(), weight)
     return parent
 
 

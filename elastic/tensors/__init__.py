@@ -5,7 +5,15 @@ the size of the checkpoint.
 """
 
 from elastic.tensors.ahead import ahead
-from elastic.tensors.reading import BLOCK_BYTES, StoredTensor, TensorStore
+from elastic.tensors.reading import BLOCK_BYTES, StoredTensor, TensorStore, assembled
 from elastic.tensors.writing import Pending, write_shards
 
-__all__ = ["BLOCK_BYTES", "Pending", "StoredTensor", "TensorStore", "ahead", "write_shards"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Pending",
+    "StoredTensor",
+    "TensorStore",
+    "ahead",
+    "assembled",
+    "write_shards",
+]

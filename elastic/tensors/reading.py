@@ -6,7 +6,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,7 @@ class StoredTensor:
     def read(self, cut: Cut | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The kept part whole, in memory of its own."""
         sizes = [size_of(r, n) for r, n in zip(cut or [None] * len(self.shape), self.shape)]  # noqa: B905
-        out = torch.empty(sizes, dtype=dtype or self.dtype)
-        at = 0
-        for block in self.blocks(cut):
-            out[at : at + len(block)] = block
-            at += len(block)
-        return out
+        return assembled(self.blocks(cut), torch.empty(sizes, dtype=dtype or self.dtype))
 
     def _rows(
         self, group: list[tuple[int, int]], count: int, spans: Ranges, row: int, item: int
@@ -140,6 +135,16 @@ class StoredTensor:
                     self.file.read_into(buffer[at : at + size], place)
                     at += size
         return out
+
+
+def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:
+    """`out`, filled with these row blocks from its first row to its last."""
+    at = 0
+    for block in blocks:
+        out[at : at + len(block)] = block
+        at += len(block)
+    assert at == len(out), (at, tuple(out.shape))
+    return out
 
 
 def _merged(ranges: Ranges, gap: int) -> Ranges:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elastic.files import write_json
-from elastic.tensors.reading import DTYPES, INDEX
+from elastic.tensors.reading import DTYPES, INDEX, assembled
 
 WRITE_BYTES = 256 << 10
 """Size of a system call: Linux takes several times as long over the same data in pieces of 32
@@ -44,13 +44,7 @@ class Pending:
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
         """The whole tensor, in memory of its own on a device; each block goes there on its own."""
-        out = torch.empty(self.shape, dtype=self.dtype, device=device)
-        at = 0
-        for block in self.blocks():
-            out[at : at + len(block)] = block
-            at += len(block)
-        assert at == self.shape[0], (self.name, at, self.shape)
-        return out
+        return assembled(self.blocks(), torch.empty(self.shape, dtype=self.dtype, device=device))
 
 
 def write_shards(

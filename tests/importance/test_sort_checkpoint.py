@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import in_published_types
 from orders import identity_orders, random_orders
 from safetensors.torch import load_file, save_file
 from strategies import random_parent, tiny_shape
@@ -33,10 +34,7 @@ def wild(tmp_path: Path) -> Path:
     """bfloat16 with float32 pieces, several shards, config.json of the remote-code era, files."""
     directory = tmp_path / "wild"
     directory.mkdir()
-    parent = random_parent(SHAPE)
-    for name, weight in parent.named_parameters():
-        if not name.endswith(("A_log", ".D", "dt_bias")):
-            weight.data = weight.data.bfloat16()
+    parent = in_published_types(random_parent(SHAPE))
     save_parent(parent, directory, max_shard_bytes=3000)
     config = json.loads((directory / "config.json").read_text())
     del config["layers_block_type"]
