@@ -3,7 +3,6 @@ line."""
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from elastic.cluster.requeue import may_requeue, requeue
 from elastic.config import explain, parse
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -95,7 +95,7 @@ def addressable(argument: str) -> str:
 def reported() -> Iterator[None]:
     """Let a job of submitit fail with an error: of one that exits, nobody who waits would hear.
 
-    One that has stopped with a checkpoint goes back into the queue, `max_num_timeout` times.
+    One that a signal has stopped goes back into the queue.
     """
     try:
         yield
@@ -106,10 +106,10 @@ def reported() -> Iterator[None]:
         from submitit import JobEnvironment
 
         job = JobEnvironment()
-        starts = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
-        if stop.code == 75 and starts <= HydraConfig.get().launcher.get("max_num_timeout", 0):
-            if job.global_rank == 0:
-                subprocess.run(["scontrol", "requeue", job.job_id], check=True)
+        if stop.code == 75 and may_requeue():
+            if job.global_rank != 0:
+                sys.exit(0)  # a bad exit code would end rank 0 before it has asked
+            requeue()
             sys.exit(-1)
         log = job.paths.stdout
         raise JobError(f"a job ended with exit code {stop.code}; its log is {log}") from None

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from elastic.cluster.lock import RunLock
-from elastic.cluster.place import find_device, find_place, first_alone, joined, launched
+from elastic.cluster.place import find_device, find_place, first_alone, launched
+from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import StopSignals
 from elastic.cluster.watchdog import Watchdog
 from elastic.config import ConfigError, RunConfig, parse
@@ -50,8 +51,9 @@ def _run(config: RunConfig) -> Path:
     patience = config.trainer.patience
     with (
         StopSignals() as signals,
-        joined(place, find_device(config.trainer)),
+        joined(place, find_device(config.trainer), run=config.run_dir),
         Watchdog(place, patience),
+        signals.kept(),
         ExitStack() as held,
     ):
         with first_alone(place):

@@ -101,17 +101,15 @@ def test_train_says_where_processes_meet(submit: Submit, tmp_path: Path) -> None
     assert "--kill-on-bad-exit=1" in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 143])
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 138, 143])
 @pytest.mark.parametrize("restarts", ["", "2", "3"])
-def test_only_a_written_checkpoint_requeues(
-    code: int, restarts: str, submit: Submit, tmp_path: Path
-) -> None:
-    """Exit code 75, and not for ever; any other code is the job's own."""
+def test_only_the_signal_requeues(code: int, restarts: str, submit: Submit, tmp_path: Path) -> None:
+    """Exit codes of the signal, and not for ever; any other code is the job's own."""
     variables = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     result = submit("train.sbatch", EXIT=str(code), MAX_RESTARTS="3", **variables)
     requeued = "requeue 123456" in (tmp_path / "calls").read_text().splitlines()
-    assert requeued == (code == 75 and restarts != "3")
-    assert result.returncode == (0 if requeued else code)
+    assert requeued == (code in (75, 138) and restarts != "3")
+    assert result.returncode == (0 if requeued else 75 if code == 138 else code)
 
 
 def test_a_task_that_stopped_with_a_checkpoint_does_not_take_the_others_down(

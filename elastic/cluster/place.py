@@ -1,10 +1,9 @@
-"""Which process this is among how many, and the group they form."""
+"""Which process this is among how many, and what they tell one another."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,10 +11,6 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
 from elastic.config import ConfigError, TrainerConfig
-
-TIMEOUT = timedelta(hours=1)
-"""Of a collective. Long, since rank 0 may write for minutes while the others wait; that a process
-has died is the watchdog's to see."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +61,6 @@ def find_place(trainer: TrainerConfig) -> Place:
             f"{trainer.world_size} processes, but {started} started ({keys[2]}); must be the same"
         )
     return Place(rank, local_rank, started, trainer.devices)
-
-
-@contextmanager
-def joined(place: Place, device: torch.device) -> Iterator[None]:
-    """The process group of a run, for as long as it lasts; nothing for a single process."""
-    if place.world_size == 1:
-        yield
-        return
-    for key, value in (
-        ("RANK", place.rank),
-        ("LOCAL_RANK", place.local_rank),
-        ("WORLD_SIZE", place.world_size),
-    ):
-        os.environ[key] = str(value)
-    if device.type == "cuda":
-        torch.cuda.set_device(place.local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def from_first(value: Any) -> Any:

@@ -3,7 +3,8 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -50,12 +51,16 @@ class StopSignals(Callback):
     While `held`, a signal waits in `requested` for the end of the step (a second SIGTERM does not
     wait). Else it raises SystemExit with its exit code: the last checkpoint is all there is to go
     on from. Once the run has `ended` it changes nothing.
+
+    Native code that calls Python may turn that exception into one of its own, or drop it: `kept`
+    turns it back, and what was dropped still waits in `requested`.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self.held = False
         self.ended = False
+        self._raised: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -74,6 +79,16 @@ class StopSignals(Callback):
             # After an agreement the code stands: srun ends those who are still leaving by SIGTERM.
             signal.signal(number, signal.SIG_IGN if self.ended else handler)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What leaves the block after a signal has raised SystemExit in it is that SystemExit."""
+        try:
+            yield
+        except BaseException as error:
+            if self._raised is None or isinstance(error, SystemExit):
+                raise
+            raise SystemExit(exit_code(self._raised)) from error
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._before:
             self._install()
@@ -87,9 +102,10 @@ class StopSignals(Callback):
             return
         received = signal.Signals(number)
         again = self.requested == received == signal.SIGTERM
-        if not self.held or again:
-            raise SystemExit(exit_code(received))
         self.requested = self.requested or received
+        if not self.held or again:
+            self._raised = received
+            raise SystemExit(exit_code(received))
 
 
 class StopOnSignal(Callback):

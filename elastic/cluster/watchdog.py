@@ -26,7 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastic.cluster.place import Place, from_all, from_first
-from elastic.cluster.signals import AgreedExit
+from elastic.cluster.requeue import may_requeue, requeue
+from elastic.cluster.signals import EXIT_CODES, AgreedExit
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,9 @@ class Watchdog:
     """Watches over the processes of a run while its block lasts; nothing for a single process.
 
     Whoever leaves the block in peace is not missed. Whoever leaves it with an error tells the
-    others, and has `patience` seconds to be gone. All processes must enter it, and the process
-    group must exist.
+    others, and has `patience` seconds to be gone. Who was ended by a signal (SystemExit with a code
+    of `EXIT_CODES`) takes the others along: their collectives fail, which becomes the same
+    SystemExit. All processes must enter the block, and the process group must exist.
     """
 
     def __init__(self, place: Place, patience: float = PATIENCE, grace: float = GRACE) -> None:
@@ -113,12 +115,18 @@ class Watchdog:
             self._rope.close()
             self._thread.join(2.0)
             return
+        signalled = set(EXIT_CODES.values())
+        code = error.code if isinstance(error, SystemExit) else None
+        if code not in signalled and self._deadline == float("inf"):
+            self._thread.join(MOMENT)  # it may be about to learn who is behind this error
+        if code not in signalled and self._code in signalled:  # it is not our error
+            log.info("%s; leaving too", self._cause)
+            self._deadline = time.monotonic() + self.patience
+            raise SystemExit(self._code) from error
         if isinstance(error, SystemExit):
             self._code = error.code if isinstance(error.code, int) and error.code else 1
             reason = f"left with exit code {self._code}"
         else:
-            if self._deadline == float("inf"):
-                self._thread.join(MOMENT)  # it may be about to learn who is behind this error
             lines = str(error).strip().splitlines()
             reason = ": ".join(["failed", type(error).__name__, *lines[:1]])
         # The thread stays, in case this process hangs on its way out.
@@ -212,6 +220,8 @@ class Watchdog:
             if not self._cause:
                 self._code, self._cause = said
                 self._deadline = time.monotonic() + self.grace
+                if self.place.rank == 0:  # only we hear them all
+                    self._tell([word, *said])
         elif word == "lost":
             self._code, self._cause = said
             self._leave()
@@ -240,6 +250,11 @@ class Watchdog:
         for peer in self._peers.values():
             if (peer.host, peer.parent) == _myself():
                 os.kill(peer.pid, signal.SIGKILL)
+        if self.place.rank == 0 and self._code == EXIT_CODES[signal.SIGUSR1] and may_requeue():
+            try:
+                requeue()
+            except OSError as error:
+                os.write(2, f"error: {error}\n".encode())
         time.sleep(0.2)  # what is read before we are gone is not lost with us
         os._exit(self._code)
 

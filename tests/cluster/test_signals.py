@@ -1,5 +1,6 @@
 """Signals that ask a run to stop: real processes, real Lightning fits, real signals."""
 
+import gc
 import signal
 import threading
 import time
@@ -13,7 +14,8 @@ import torch
 from cluster_processes import processes
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from elastic.cluster.place import Given, Place, joined, wait_for_all
+from elastic.cluster.place import Given, Place, wait_for_all
+from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals, agree, exit_code
 
 CPU = torch.device("cpu")
@@ -69,7 +71,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     place = Place(rank, rank, count, count)
     torch.set_num_threads(1)
-    with StopSignals() as signals, joined(place, CPU):
+    with StopSignals() as signals, joined(place, CPU, "test"):
         if how == "before":
             tell("before")
             time.sleep(30)
@@ -170,7 +172,7 @@ def test_without_a_signal_a_fit_ends_as_ever(tmp_path: Path) -> None:
 
 
 def vote(rank: int, count: int, tell: Tell, votes: list[signal.Signals | None]) -> None:
-    with joined(Place(rank, rank, count, count), CPU):
+    with joined(Place(rank, rank, count, count), CPU, "test"):
         tell(str(agree(votes[rank], CPU)))
 
 
@@ -202,6 +204,34 @@ def test_the_handlers_before_come_back() -> None:
     with StopSignals():
         assert [signal.getsignal(number) for number in CODES] != before
     assert [signal.getsignal(number) for number in CODES] == before
+
+
+def test_native_code_cannot_change_what_a_signal_raises() -> None:
+    """As torch does in a broadcast, when it asks a storage for its length."""
+
+    def ask() -> None:
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except SystemExit:
+            raise ValueError("could not determine the shape") from None
+
+    with StopSignals() as signals, pytest.raises(SystemExit) as left, signals.kept():
+        ask()
+    assert left.value.code == 75 and isinstance(left.value.__cause__, ValueError)
+    with StopSignals() as signals, pytest.raises(ValueError, match="its own"), signals.kept():
+        raise ValueError("its own")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_native_code_has_dropped_still_waits() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with StopSignals() as signals:
+        Dying()
+        gc.collect()
+        assert signals.requested is signal.SIGUSR1
 
 
 def test_after_an_agreement_signals_change_nothing() -> None:

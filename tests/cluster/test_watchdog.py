@@ -16,7 +16,8 @@ import torch.distributed as dist
 from cluster_processes import processes
 
 from elastic.cluster import watchdog
-from elastic.cluster.place import ALONE, Place, joined
+from elastic.cluster.place import ALONE, Place
+from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import AgreedExit
 from elastic.cluster.watchdog import Watchdog
 
@@ -35,7 +36,7 @@ def work(rank: int, count: int, tell: Tell, how: dict[int, str]) -> None:
     """
     torch.set_num_threads(1)
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")), Watchdog(place, PATIENCE, GRACE):
+    with joined(place, torch.device("cpu"), "test"), Watchdog(place, PATIENCE, GRACE):
         tell("ready")
         match how[rank]:
             case "reduce":
@@ -120,6 +121,15 @@ def test_an_exit_code_is_handed_on(tmp_path: Path) -> None:
         assert run.codes(within=10) == [75, 75]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_that_ends_one_is_no_failure_of_the_others(victim: int, tmp_path: Path) -> None:
+    """Whose collective then fails: a job that only one process may requeue must go on."""
+    how = {rank: "exit" if rank == victim else "reduce" for rank in range(4)}
+    with processes(tmp_path, work, 4, how) as run:
+        assert run.codes(within=10) == [75] * 4, run.errors(1 - victim)
+        assert not any("error:" in run.errors(rank) for rank in range(4))
+
+
 def slow_door(rank: int, count: int, tell: Tell) -> None:
     """Rank 0 leaves before it has looked who is there."""
     admit = Watchdog._admit
@@ -150,7 +160,7 @@ def test_who_fails_too_is_not_interrupted(what: str, tmp_path: Path) -> None:
 def stay(rank: int, count: int, tell: Tell) -> None:
     """Rank 0, then rank 2, are done long before rank 1."""
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")):
+    with joined(place, torch.device("cpu"), "test"):
         with Watchdog(place, 0.4, 0.1):
             time.sleep((0.0, 1.0, 0.3)[rank])
         time.sleep((1.0, 0.0, 0.7)[rank])
@@ -183,7 +193,7 @@ def test_a_machine_that_slept_accuses_nobody(tmp_path: Path) -> None:
 def hang(rank: int, count: int, tell: Tell) -> None:
     """A process that fails, and then hangs while it leaves."""
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")):
+    with joined(place, torch.device("cpu"), "test"):
         try:
             with Watchdog(place, PATIENCE, GRACE):
                 raise ValueError("no")
@@ -229,7 +239,7 @@ def state(pid: int) -> str:
 def strangers(rank: int, count: int, tell: Tell, say: bytes) -> None:
     """Somebody else comes to the door of rank 0 and says something."""
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")), Watchdog(place, PATIENCE, GRACE) as ours:
+    with joined(place, torch.device("cpu"), "test"), Watchdog(place, PATIENCE, GRACE) as ours:
         if rank == 0:
             assert ours._door is not None
             port = ours._door.getsockname()[1]
@@ -262,7 +272,7 @@ def test_strangers_are_sent_away(say: bytes, tmp_path: Path) -> None:
 def unreachable(rank: int, count: int, tell: Tell) -> None:
     """A firewall between two machines."""
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")):
+    with joined(place, torch.device("cpu"), "test"):
         os.environ["MASTER_ADDR"] = "127.0.0.2" if rank else "127.0.0.1"
         if rank == 0:
             watchdog._open_door = lambda visitors: socket.create_server(("127.0.0.1", 0))

@@ -19,7 +19,8 @@ import pytest
 import torch
 from cluster_processes import processes
 
-from elastic.cluster.place import ALONE, Place, joined
+from elastic.cluster.place import ALONE, Place
+from elastic.cluster.rendezvous import joined
 from elastic.config import ConfigError
 from elastic.resume import CheckpointFailed, CheckpointStore, Saved, restore_random
 from elastic.resume.store import inspect
@@ -342,7 +343,7 @@ def test_the_first_checkpoint_fails(store: CheckpointStore) -> None:
 def two_save(rank: int, count: int, tell: Callable[[str], None], root: Path) -> None:
     """Both save twice; the second time rank 1 cannot write. The third time it can again."""
     place = Place(rank, rank, count, count)
-    with joined(place, torch.device("cpu")):
+    with joined(place, torch.device("cpu"), "test"):
         store = CheckpointStore(root, 2, place)
         for step in (1, 2):
             state = {"stage_index": 0, "stage": "s", "step": step}

@@ -91,6 +91,15 @@ class Cluster:
             time.sleep(0.5)
         return shown
 
+    def report(self) -> str:
+        """All that may say why something does not end."""
+        jobs = [
+            self.run(*words, check=False) for words in (["squeue"], ["scontrol", "show", "job"])
+        ]
+        logs = [self.folder / f"{name}.log" for name in ("slurmctld", "slurmd")]
+        processes = subprocess.run(["ps", "axf"], capture_output=True, text=True, check=False)
+        return "\n".join([*jobs, *(log.read_text()[-3000:] for log in logs), processes.stdout])
+
     def empty(self) -> None:
         """Cancel what still runs, and wait until it is gone."""
         end = time.monotonic() + 30
