@@ -17,6 +17,12 @@ WRITE_BYTES = 256 << 10
 """Size of a system call: Linux takes several times as long over the same data in pieces of 32
 MiB, for which it looks for large stretches of free memory."""
 
+BEHIND_BYTES = 32 << 20
+"""Size of the parts of a file that go to the disk while the next are written."""
+
+LAG = 8
+"""Parts after which one has reached the disk and can be forgotten."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -92,10 +98,11 @@ def write_shard(tensors: list[Pending], path: Path, written: Callable[[int], obj
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
+        out = _Stream(file.fileno())
+        out.write(memoryview(len(text).to_bytes(8, "little") + text))
         for tensor in ordered:
             for data in _bytes_of(tensor):
-                _write_all(file.fileno(), data)
+                out.write(data)
                 written(len(data))
 
 
@@ -110,6 +117,28 @@ def _bytes_of(tensor: Pending) -> Iterator[memoryview]:
     assert rows == tensor.shape[0], (tensor.name, rows, tensor.shape)
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data[:WRITE_BYTES]) :]
+class _Stream:
+    """A file that is written once from its first byte to its last.
+
+    What is written goes to the disk at once and is then dropped from the system's cache, instead of
+    filling memory until the system must stop to make room.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = self._flushed = 0
+
+    def write(self, data: memoryview) -> None:
+        while len(data):
+            count = os.write(self._descriptor, data[:WRITE_BYTES])
+            data = data[count:]
+            self._size += count
+            while self._size - self._flushed >= BEHIND_BYTES:
+                self._forget(self._flushed)
+                self._forget(self._flushed - LAG * BEHIND_BYTES)
+                self._flushed += BEHIND_BYTES
+
+    def _forget(self, start: int) -> None:
+        """Linux begins to write what it is told to forget, and forgets what is written."""
+        if start >= 0 and hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._descriptor, start, BEHIND_BYTES, os.POSIX_FADV_DONTNEED)

@@ -1,6 +1,7 @@
 """Shards written block by block are what safetensors itself reads."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from elastic.tensors import Pending, write_shards
+from elastic.tensors import Pending, write_shards, writing
 from elastic.tensors.reading import INDEX
 
 
@@ -74,3 +75,27 @@ def test_blocks_of_another_size_are_an_error(
     tensor = Pending("a", (4, 3), torch.float32, lambda: [torch.zeros(size) for size in blocks])
     with pytest.raises(AssertionError):
         write_shards(tmp_path, [tensor], 10**6)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="not Linux")
+def test_what_is_written_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is sent to the disk once it is written, and forgotten some parts later."""
+    monkeypatch.setattr(writing, "WRITE_BYTES", 96)
+    monkeypatch.setattr(writing, "BEHIND_BYTES", 64)
+    monkeypatch.setattr(writing, "LAG", 2)
+    told: list[tuple[int, int]] = []
+
+    def forget(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED and os.fstat(descriptor).st_size >= start + size
+        told.append((start, size))
+
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    values = mixed_types()
+    write_shards(tmp_path, pending(values), 10**6)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+    parts = range(0, (tmp_path / "model.safetensors").stat().st_size - 63, 64)
+    assert [told.count((part, 64)) for part in parts] == [2] * (len(parts) - 2) + [1] * 2
+    assert len(told) == 2 * len(parts) - 2
