@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.cluster.requeue import may_requeue, requeue
 from elastic.config import explain, parse
+from elastic.requeue import may_requeue, requeue
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,12 +156,22 @@ def _sorted_blocks(stored: StoredTensor, permutation: Permutation) -> Iterator[T
     """Rows are read in their new order, columns reordered in memory."""
     rows, columns = permutation
     cut = None if rows is None else (_runs(rows), *(None for _ in stored.shape[1:]))
-    for block in ahead(stored.blocks(cut)):  # writing does not wait for it
-        yield block if columns is None else block.index_select(1, columns)
+    if cut is not None:
+        stored.prefetch()
+    for block in ahead(stored.blocks(cut, once=cut is None)):  # writing does not wait for it
+        yield block if columns is None else _with_columns(block, columns)
+    if cut is not None:
+        stored.forget()
+
+
+def _with_columns(block: Tensor, order: Tensor) -> Tensor:
+    """`block.index_select(1, order)` in a quarter of the time, by numpy."""
+    bits = block.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[block.element_size()])
+    return torch.from_numpy(np.take(bits.numpy(), order.numpy(), axis=1)).view(block.dtype)
 
 
 def _runs(order: Tensor) -> Ranges:
     """A permutation as ranges of consecutive indices, in its order."""
     breaks = (torch.nonzero(order.diff() != 1).flatten() + 1).tolist()
-    ends = [0, *breaks, order.numel()]
-    return tuple((int(order[a]), int(order[b - 1]) + 1) for a, b in pairwise(ends))
+    ends, values = [0, *breaks, order.numel()], order.tolist()
+    return tuple((values[a], values[b - 1] + 1) for a, b in pairwise(ends))

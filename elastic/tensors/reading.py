@@ -69,6 +69,11 @@ class _File:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
+    def prefetch(self, offset: int, size: int) -> None:
+        """Let the system read a part from the disk in its order, whatever ours will be."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -108,6 +113,14 @@ class StoredTensor:
             if columns is not None:
                 values = _picked(values, spans, columns)
             yield values.reshape(count, kept, *rest[1:]) if rest else values.reshape(count)
+
+    def prefetch(self) -> None:
+        """For who reads rows in any order."""
+        self.file.prefetch(self.offset, math.prod(self.shape) * self.dtype.itemsize)
+
+    def forget(self) -> None:
+        """For who has read all of it, and will not again."""
+        self.file.forget(self.offset, math.prod(self.shape) * self.dtype.itemsize)
 
     def read(self, cut: Cut | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The kept part whole, in memory of its own."""
