@@ -80,13 +80,14 @@ class Watchdog:
         self._deadline = float("inf")
         self._introduced = 0
         self._in_peace = False
-        self._bell, self._rope = socket.socketpair()  # pulling it wakes the thread
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._rope: socket.socket | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Self:
         if self.place.world_size == 1:
             return self
+        bell, self._rope = socket.socketpair()  # pulling it wakes the thread
+        self._selector.register(bell, selectors.EVENT_READ)
         if self.place.rank == 0:
             self._door = _open_door(self.place.world_size)
             self._selector.register(self._door, selectors.EVENT_READ)
@@ -112,6 +113,7 @@ class Watchdog:
         if error is None or isinstance(error, AgreedExit):
             self._in_peace = True  # first: who hears us may be gone before the next line
             self._tell(["bye"])
+            assert self._rope is not None
             self._rope.close()
             self._thread.join(2.0)
             return
