@@ -24,9 +24,12 @@ def requeue() -> None:
     job = environment["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    asked = subprocess.run(
-        ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60
-    )
-    if asked.returncode != 0:
+    try:
+        asked = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60
+        )
         said = " ".join((asked.stderr or asked.stdout).split())
+    except subprocess.TimeoutExpired:
+        asked, said = None, "no answer within 60 s"
+    if asked is None or asked.returncode != 0:
         raise OSError(f"job {job} cannot be requeued ({said}); start the same command again")

@@ -1,6 +1,7 @@
 """Which process this is among how many, and what they tell one another."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,17 @@ def first_alone(place: Place) -> Iterator[None]:
         done = True
     finally:
         from_first(done)
+
+
+def open_door(port: int, visitors: int) -> socket.socket:
+    """A port for other processes, on every address of this machine; 0 is any free one.
+
+    Raises:
+        OSError: it is taken.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=visitors, dualstack_ipv6=dual)
 
 
 class Given(ClusterEnvironment):

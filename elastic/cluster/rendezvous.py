@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from elastic.cluster.place import Place
+from elastic.cluster.place import Place, open_door
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ of them import from one file server."""
 
 ANSWER_SECONDS = 5.0
 """How long whoever listens at a port has for saying who it is."""
-
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Long, since rank 0 may write for minutes while the others wait; that a process
@@ -165,13 +164,9 @@ def _door(first: int, name: str, store_port: int) -> Iterator[None]:
 
 def _listen(first: int) -> socket.socket:
     """The first free port of some, on every address of this machine."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
     for port in range(first, first + PORTS):
         try:
-            return socket.create_server(
-                ("", port), family=family, backlog=1024, dualstack_ipv6=dual
-            )
+            return open_door(port, 1024)
         except OSError:
             continue
     raise NobodyCame(

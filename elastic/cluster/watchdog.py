@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from elastic.cluster.place import Place, from_all, from_first
+from elastic.cluster.place import Place, from_all, from_first, open_door
 from elastic.cluster.signals import EXIT_CODES, AgreedExit
 from elastic.requeue import may_requeue, requeue
 
@@ -89,7 +89,7 @@ class Watchdog:
         bell, self._rope = socket.socketpair()  # pulling it wakes the thread
         self._selector.register(bell, selectors.EVENT_READ)
         if self.place.rank == 0:
-            self._door = _open_door(self.place.world_size)
+            self._door = open_door(0, self.place.world_size)
             self._selector.register(self._door, selectors.EVENT_READ)
             self._token = secrets.token_hex(8)
             from_first((self._token, self._door.getsockname()[1], *_myself()))
@@ -295,10 +295,3 @@ class Watchdog:
 
 def _myself() -> tuple[str, int]:
     return socket.gethostname(), os.getpid()
-
-
-def _open_door(visitors: int) -> socket.socket:
-    """A port for the other processes, on every address of this machine."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=visitors, dualstack_ipv6=dual)

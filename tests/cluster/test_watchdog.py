@@ -130,6 +130,21 @@ def test_a_signal_that_ends_one_is_no_failure_of_the_others(victim: int, tmp_pat
         assert not any("error:" in run.errors(rank) for rank in range(4))
 
 
+def requeueing(rank: int, count: int, tell: Tell, folder: str) -> None:
+    """Rank 0 waits where it never hears of the signal that rank 1 has received."""
+    os.environ |= {"PATH": folder, "REQUEUE_AT_MOST": "2", "SLURM_JOB_ID": "7"}
+    work(rank, count, tell, {0: "wait", 1: "exit"})
+
+
+def test_who_must_leave_hard_requeues_its_job_first(tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    scontrol.chmod(0o755)
+    with processes(tmp_path / "told", requeueing, 2, str(tmp_path)) as run:
+        assert run.codes(within=10) == [75, 75]
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+
+
 def slow_door(rank: int, count: int, tell: Tell) -> None:
     """Rank 0 leaves before it has looked who is there."""
     admit = Watchdog._admit
@@ -275,7 +290,7 @@ def unreachable(rank: int, count: int, tell: Tell) -> None:
     with joined(place, torch.device("cpu"), "test"):
         os.environ["MASTER_ADDR"] = "127.0.0.2" if rank else "127.0.0.1"
         if rank == 0:
-            watchdog._open_door = lambda visitors: socket.create_server(("127.0.0.1", 0))
+            watchdog.open_door = lambda port, visitors: socket.create_server(("127.0.0.1", 0))
         with Watchdog(place, PATIENCE, GRACE):
             time.sleep(0.2)
 
