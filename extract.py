@@ -5,7 +5,7 @@ python extract.py checkpoint=runs/tiny/elastic budget=small output=out/small
 
 import sys
 
-from elastic.command import command
+from elastic.cli.command import command
 from elastic.config import ExtractConfig
 
 
@@ -13,7 +13,8 @@ def run(config: ExtractConfig) -> None:
     """Exit code 1 when the result differs or cannot be written; nothing is left behind then."""
     from safetensors import SafetensorError  # after the settings: torch takes seconds
 
-    from elastic.extract import VerificationError, extract
+    from elastic.extract.compare import VerificationError
+    from elastic.extract.export import extract
 
     try:
         extract(config)

@@ -1,12 +1,14 @@
 """Train a nested family: python train.py [experiment=NAME] [key=value ...]."""
 
-from elastic.command import command
+from elastic.cli.command import command
 from elastic.config import RunConfig
 
 
 def main(config: RunConfig) -> None:
     """Train as configured."""
-    from elastic.launch import launch  # imports torch: only once the settings are known to be good
+    from elastic.training.launch import (
+        launch,  # imports torch: only once the settings are known to be good
+    )
 
     launch(config)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elastic.layerwise.register import register_on_import
+from elastic.extract.layerwise.register import register_on_import
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def load(
         ValueError: no such checkpoint, a damaged one, no such budget (those are listed), or a type
             or device that torch does not have here.
     """
-    from elastic.extract import load as load_member  # torch only when it is needed
+    from elastic.extract.loading import load as load_member  # torch only when it is needed
 
     return load_member(Path(path), budget, dtype, device)
 

@@ -1,30 +1,38 @@
-"""The rooms of the package: who may import whom, read from the source.
+"""The wings of the package: who may import whom, read from the source.
 
-Imports point only upwards: a module may import rooms before its own, and modules of its own room.
+A module may import wings named before its own, and modules of its own wing. Imports run one way.
 """
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-PACKAGE = Path(__file__).resolve().parents[1] / "elastic"
+PACKAGE = ROOT / "elastic"
 
-ROOMS = (
-    "config requeue files architecture cost cut manifest layerwise tensors parent importance "
-    "search masks router losses family curriculum data teacher cluster resume module loggers "
-    "callbacks checkpoint run_dir trainer launch teach extract evaluate bench report plan"
+WINGS = (
+    "config members storage cluster data losses parent importance routing teacher training "
+    "extract plan evaluate bench cli"
 ).split()
-"""Top to bottom; a new room is entered here."""
+"""From the ground up; a new wing is entered here."""
 
 DOOR = {"load": "extract"}
-"""What elastic/__init__.py offers, and the room behind it."""
+"""What elastic/__init__.py offers, and the wing behind it."""
 
-LIGHT = ("config", "requeue", "files", "architecture", "cost", "cut", "manifest")
-"""Rooms that start in a moment: no torch."""
+LIGHT = (
+    "config",
+    "members.architecture",
+    "members.cost",
+    "members.cut",
+    "storage.files",
+    "storage.manifest",
+    "cluster.requeue",
+    "cli.command",
+)
+"""Modules that start in a moment: no torch."""
 
 
 def imports(source: str, module: str) -> Iterator[str]:
@@ -44,14 +52,14 @@ def imports(source: str, module: str) -> Iterator[str]:
 
 
 def violations(sources: dict[str, str]) -> list[str]:
-    """One line per import that points downwards; `sources` is module -> text."""
+    """One line per import against the order of the wings; `sources` is module -> text."""
     found = []
     for module, source in sources.items():
         path = module.split(".")
-        room = path[1] if path[1] != "__init__" else ""
+        wing = path[1] if path[1] != "__init__" else ""
         runs_as_main = path[-1] == "__main__"
-        if room not in ("", "command", *ROOMS):
-            found.append(f"{module}: {room} is in no list of rooms")
+        if wing not in ("", "__main__", *WINGS):
+            found.append(f"{module}: {wing} is no wing")
             continue
         for name in imports(source, module):
             top, *rest = name.split(".")
@@ -60,14 +68,12 @@ def violations(sources: dict[str, str]) -> list[str]:
             if top != "elastic":
                 continue
             wanted = DOOR.get(rest[0], rest[0]) if rest else ""
-            if room == "" or (room == wanted != ""):
-                continue  # elastic/__init__.py is the door; a room may use itself
-            if wanted == "command":
+            if wing == "" or (wing == wanted != ""):
+                continue  # elastic/__init__.py is the door; a wing may use itself
+            if wanted == "cli":
                 allowed = runs_as_main
-            elif room == "command":
-                allowed = wanted in ("config", "requeue")
             else:
-                allowed = wanted in ROOMS and ROOMS.index(wanted) < ROOMS.index(room)
+                allowed = wanted in WINGS and WINGS.index(wanted) < WINGS.index(wing)
             if not allowed:
                 found.append(f"{module}: must not import {name}")
     return found
@@ -82,30 +88,35 @@ def package() -> dict[str, str]:
     return modules
 
 
-def test_imports_point_upwards() -> None:
+def test_imports_run_one_way() -> None:
     modules = package()
-    assert {"elastic.__init__", "elastic.parent.ssd", "elastic.masks"} <= modules.keys()
+    assert {"elastic.__init__", "elastic.parent.ssd", "elastic.routing.masks"} <= modules.keys()
     assert violations(modules) == []
+
+
+def test_every_wing_is_there() -> None:
+    """No wing is listed that has gone, and none has appeared unseen."""
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(WINGS)
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("elastic.config", "from elastic.files import digest"),
+        ("elastic.config", "from elastic.storage.files import digest"),
         ("elastic.config", "import elastic.parent.ssd"),
-        ("elastic.cost", "from elastic import trainer"),
-        ("elastic.cut", "def late():\n    from elastic.masks import hard_keep"),
-        ("elastic.cut", "if TYPE_CHECKING:\n    from elastic.parent import Keep"),
-        ("elastic.parent.hybrid", "from elastic.router import Router"),
-        ("elastic.parent.hybrid", "from ..router import Router"),
+        ("elastic.members.cost", "from elastic.training import run"),
+        ("elastic.members.cut", "def late():\n    from elastic.routing.masks import hard_keep"),
+        ("elastic.members.cut", "if TYPE_CHECKING:\n    from elastic.parent import Keep"),
+        ("elastic.parent.hybrid", "from elastic.routing.router import Router"),
+        ("elastic.parent.hybrid", "from ..routing.router import Router"),
         ("elastic.parent.__init__", "from .. import importance"),
         ("elastic.losses", "import elastic"),
-        ("elastic.losses", "from elastic.command import command"),
+        ("elastic.losses", "from elastic.cli.command import command"),
         (
             "elastic.plan.__main__",
-            "from elastic.command import command\nfrom elastic import nowhere",
+            "from elastic.cli.command import command\nfrom elastic import nowhere",
         ),
-        ("elastic.command", "from elastic.files import digest"),
+        ("elastic.plan.work", "from elastic.cli.command import command"),
         ("elastic.parent.layers", "import mamba_ssm"),
         ("elastic.extract.slice", "from mamba_ssm.ops import triton"),
         ("elastic.helpers", "import json"),
@@ -121,23 +132,23 @@ def test_the_checker_catches_a_planted_import(module: str, source: str) -> None:
         ("elastic.__init__", "from elastic.extract import load"),
         ("elastic.parent.__init__", "from .layers import Keep"),
         ("elastic.evaluate.family", "from elastic import load"),
-        ("elastic.files", "from elastic.config import ConfigError"),
+        ("elastic.storage.files", "from elastic.config import ConfigError"),
         ("elastic.parent.hybrid", "from elastic.parent.layers import MLP\nfrom .ssd import scan"),
         ("elastic.parent.ssd", "from mamba_ssm.ops.triton import ssd_combined"),
-        ("elastic.command", "from elastic.config import parse"),
-        ("elastic.report.__main__", "from elastic.command import command"),
-        ("elastic.trainer", "import torch\nimport elastic.callbacks"),
+        ("elastic.cli.command", "from elastic.config import parse"),
+        ("elastic.plan.__main__", "from elastic.cli.command import command"),
+        ("elastic.training.run", "import torch\nimport elastic.training.callbacks"),
     ],
 )
 def test_the_checker_lets_good_imports_pass(module: str, source: str) -> None:
     assert violations({module: source}) == []
 
 
-@pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_import_no_torch(room: str) -> None:
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_no_torch(module: str) -> None:
     """In a fresh interpreter, so that whatever is imported indirectly counts too."""
     heavy = "('torch', 'transformers', 'lightning', 'numpy')"
-    code = f"import sys, elastic.{room}; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, elastic.{module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

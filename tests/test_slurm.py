@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 from hydra import compose, initialize_config_dir
 
-from elastic.command import CONF
+from elastic.cli.command import CONF
 
-ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 HARD = ["a=1", "b=[1, 2,{x: 'y z'}]", "c='/a b/*.py'", "~d", "e=$HOME`ls`", 'f="q"', "g=\\n", "+h="]

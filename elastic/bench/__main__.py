@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from elastic.command import command
+from elastic.cli.command import command
 from elastic.config import BENCHES, BenchConfig
 
 

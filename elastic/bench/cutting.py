@@ -17,7 +17,8 @@ import torch
 
 from elastic.bench.measure import resident_peak
 from elastic.config import ExtractConfig
-from elastic.extract import extract, open_member
+from elastic.extract.export import extract
+from elastic.extract.slice import open_member
 from elastic.extract.verify import verify
 
 T = TypeVar("T")

@@ -32,10 +32,10 @@ from elastic.bench.synthetic import (
     write_checkpoint,
 )
 from elastic.config import ConfigError, ExtractBenchConfig, ExtractConfig
-from elastic.cost import weight_bytes
-from elastic.extract import open_member
-from elastic.files import require_space, sync
-from elastic.tensors.progress import Progress
+from elastic.extract.slice import open_member
+from elastic.members.cost import weight_bytes
+from elastic.storage.files import require_space, sync
+from elastic.storage.progress import Progress
 
 CHUNK = 8 << 20
 """Bytes per system call of a copy, as in `shutil.copyfile`."""

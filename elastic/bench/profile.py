@@ -12,7 +12,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic.architecture import Architecture
 from elastic.bench.measure import Work, interleave, synchronise
 from elastic.bench.result import Figures, Result, table
 from elastic.bench.subjects import (
@@ -23,6 +22,7 @@ from elastic.bench.subjects import (
     shape_of,
 )
 from elastic.config import ProfileBenchConfig
+from elastic.members.architecture import Architecture
 
 GROUPS = {
     "matmul": "mm bmm addmm addmm_ baddbmm baddbmm_ mv dot",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from elastic.config import BenchConfig, ConfigError
-from elastic.files import write_json
+from elastic.storage.files import write_json
 
 Figures = dict[str, Any]
 """Names to numbers, or to further figures."""

@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from elastic.architecture import Space
 from elastic.bench.measure import Timings, rounds, synchronise
 from elastic.bench.result import Figures, Result, table
 from elastic.bench.subjects import (
@@ -27,14 +26,15 @@ from elastic.bench.subjects import (
     shape_of,
 )
 from elastic.config import OptimConfig, RunBenchConfig, StageConfig, TrainerConfig
-from elastic.curriculum import Stage, plan
 from elastic.data import TextDataModule
-from elastic.family import Family
-from elastic.module import ElasticModule
+from elastic.members.architecture import Space
+from elastic.members.search import Choice
 from elastic.parent import HybridParent
-from elastic.router import Router, RouterOptimizer
-from elastic.search import Choice
+from elastic.routing.curriculum import Stage, plan
+from elastic.routing.family import Family
+from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import LiveTeacher
+from elastic.training.module import ElasticModule
 
 SEQUENCES = 64
 """Sequences in the random text."""

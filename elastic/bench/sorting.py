@@ -8,9 +8,9 @@ from torch import Tensor
 
 from elastic.bench.measure import resident_peak
 from elastic.config import ParentShape
-from elastic.files import atomic_directory
 from elastic.importance import Orders, Ranking, sort_checkpoint
 from elastic.parent.weights import open_weights
+from elastic.storage.files import atomic_directory
 
 
 def sort(checkpoint: Path, output: Path, seed: int) -> tuple[float, int]:

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from elastic.architecture import Architecture
 from elastic.bench.measure import Work, interleave, peak_memories
 from elastic.bench.result import Figures, Result, table
 from elastic.bench.subjects import (
@@ -19,11 +18,12 @@ from elastic.bench.subjects import (
     shape_of,
 )
 from elastic.config import StepBenchConfig
-from elastic.cost import flops_per_token, parameters
 from elastic.extract.compare import plain_transformers
-from elastic.family import describe
-from elastic.masks import hard_keep
+from elastic.members.architecture import Architecture
+from elastic.members.cost import flops_per_token, parameters
 from elastic.parent import Member
+from elastic.routing.family import describe
+from elastic.routing.masks import hard_keep
 
 STOCK = "transformers"
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic.architecture import Space, droppable_layers
 from elastic.config import (
     BudgetConfig,
     ObjectiveConfig,
@@ -20,15 +19,16 @@ from elastic.config import (
     StageConfig,
     TrainerConfig,
 )
-from elastic.cost import LayerSize, total_parameters
-from elastic.curriculum import plan
 from elastic.losses import token_terms
-from elastic.module import PARENT, ElasticModule
+from elastic.members.architecture import Space, droppable_layers
+from elastic.members.cost import LayerSize, total_parameters
+from elastic.members.search import Choice, Search, targets_of
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import stock_config
-from elastic.search import Choice, Search, targets_of
+from elastic.routing.curriculum import plan
 from elastic.teacher import LiveTeacher
+from elastic.training.module import PARENT, ElasticModule
 
 WIDTHS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
 

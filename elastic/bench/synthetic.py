@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic.architecture import Architecture, Space
 from elastic.bench.subjects import balanced_members, drop_order, key
 from elastic.config import BudgetConfig, ParentShape, SpaceConfig
-from elastic.cost import parameters
-from elastic.cut import tensor_shapes
-from elastic.files import atomic_directory, write_json
-from elastic.manifest import Manifest, Member
+from elastic.members.architecture import Architecture, Space
+from elastic.members.cost import parameters
+from elastic.members.cut import tensor_shapes
+from elastic.members.search import Choice, targets_of
 from elastic.parent.stock import stock_config
-from elastic.search import Choice, targets_of
-from elastic.tensors import Pending, write_shards
-from elastic.tensors.progress import Progress
+from elastic.storage.files import atomic_directory, write_json
+from elastic.storage.manifest import Manifest, Member
+from elastic.storage.progress import Progress
+from elastic.storage.writing import Pending, write_shards
 
 WIDTHS = ("hidden_size", "vocab_size", "intermediate_size", "head_dim", "mamba_head_dim")
 """Sizes of a parent that scale; `ssm_state_size` does too. Numbers of heads, groups and layers

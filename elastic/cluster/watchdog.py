@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from elastic.cluster.place import Place, from_all, from_first, open_door
+from elastic.cluster.requeue import may_requeue, requeue
 from elastic.cluster.signals import EXIT_CODES, AgreedExit
-from elastic.requeue import may_requeue, requeue
 
 log = logging.getLogger(__name__)
 

@@ -102,7 +102,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class StoreConfig:
-    """How `python -m elastic.teach` writes its store."""
+    """How `python -m elastic.teacher` writes its store."""
 
     shard_sequences: int = 64
     """Sequences per file; a worker holds one file's in memory, and loses no more when killed."""
@@ -128,8 +128,8 @@ class StoreConfig:
 
 @dataclass(kw_only=True)
 class TeachConfig(RunConfig):
-    """Everything `python -m elastic.teach` reads: the run that the store is for, so that the order
-    of its text is that run's, and how to write."""
+    """Everything `python -m elastic.teacher` reads: the run that the store is for, so that the
+    order of its text is that run's, and how to write."""
 
     teach: StoreConfig
 

@@ -24,8 +24,8 @@ class ObjectiveConfig:
     teacher: str = "replicated"
     """The frozen, unsorted parent: `replicated` on every device, `zero3` partitioned over the
     processes, `cpu_offload` in host memory and streamed block by block, or `stored`, read from what
-    `python -m elastic.teach` wrote. `in_place` is the full budget's pass over the same batch, which
-    itself learns by cross-entropy alone."""
+    `python -m elastic.teacher` wrote. `in_place` is the full budget's pass over the same batch,
+    which itself learns by cross-entropy alone."""
     store: str | None = None
     """Directory of a stored teacher."""
     divergence: str = "forward_kl"
@@ -72,7 +72,7 @@ class ObjectiveConfig:
             self.teacher != "stored" or self.store is not None,
             "objective.store",
             self.store,
-            "the directory that python -m elastic.teach wrote, with objective.teacher=stored",
+            "the directory that python -m elastic.teacher wrote, with objective.teacher=stored",
         )
         require(
             self.teacher != "stored" or self.top_k is not None,

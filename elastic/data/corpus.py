@@ -22,7 +22,7 @@ from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 
 from elastic.config import ConfigError, DataConfig
-from elastic.files import digest
+from elastic.storage.files import digest
 
 SKIPPED_DIRECTORIES = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",

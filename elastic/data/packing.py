@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from elastic.config import ConfigError
 from elastic.data.corpus import text_batches
 from elastic.data.tokenizer import vocabulary_size
-from elastic.files import atomic_file
+from elastic.storage.files import atomic_file
 
 
 def tokenize(texts: TextDataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -13,7 +13,7 @@ from elastic.config import ConfigError, DataConfig
 from elastic.data.corpus import corpus_fingerprint, load_corpus, text_batches
 from elastic.data.packing import load_tokens, save_tokens, tokenize
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
-from elastic.files import atomic_directory, digest, write_json
+from elastic.storage.files import atomic_directory, digest, write_json
 
 FORMAT_VERSION = 1
 """Of the saved directory; raise it when the same settings no longer give the same tokens."""

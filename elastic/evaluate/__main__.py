@@ -1,6 +1,6 @@
 """python -m elastic.evaluate run_dir=runs/tiny [members.small=DIR ...]."""
 
-from elastic.command import command
+from elastic.cli.command import command
 from elastic.config import EvaluateConfig
 
 

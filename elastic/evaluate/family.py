@@ -17,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
 from elastic.data import PackedTokens, load_tokens
-from elastic.files import write_json
 from elastic.importance import read_ranking, sort_parent
-from elastic.manifest import Manifest
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent, locate
+from elastic.storage.files import write_json
+from elastic.storage.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,5 @@
-"""Cut a member out of an elastic checkpoint: to a directory, or into memory."""
+"""Cut a member out of an elastic checkpoint: to a directory, or into memory.
 
-from elastic.extract.compare import VerificationError
-from elastic.extract.export import extract
-from elastic.extract.loading import load
-from elastic.extract.slice import OpenMember, open_member
-
-__all__ = ["OpenMember", "VerificationError", "extract", "load", "open_member"]
+Nothing is imported here: `import elastic` goes through this package to `layerwise`, and must not
+cost the import of torch.
+"""

@@ -5,11 +5,11 @@ from typing import Any
 
 import yaml
 
-from elastic.architecture import Architecture, AttentionLayer, Layer, MambaLayer, MLPLayer
-from elastic.cost import parameters
 from elastic.extract.slice import LAYERS, OpenMember, sizes_of
-from elastic.manifest import Member
+from elastic.members.architecture import Architecture, AttentionLayer, Layer, MambaLayer, MLPLayer
+from elastic.members.cost import parameters
 from elastic.parent.companions import companions, licence_of
+from elastic.storage.manifest import Member
 
 NAME = "README.md"
 

@@ -13,7 +13,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.utils import logging
 
 from elastic.extract.slice import OpenMember
-from elastic.tensors import StoredTensor, assembled
+from elastic.storage.reading import StoredTensor, assembled
 
 TOLERANCE = 1e-4
 """Largest difference of two results, as a share of the largest value."""
@@ -62,7 +62,7 @@ def difference(member: OpenMember, expected: Tensor, found: Tensor, what: str) -
 def model_class(member: OpenMember) -> type[NemotronHForCausalLM]:
     """The class that an extracted checkpoint is for."""
     if member.export == "per_layer":
-        from elastic.layerwise.model import NemotronHElasticForCausalLM
+        from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
 
         return NemotronHElasticForCausalLM
     return NemotronHForCausalLM

@@ -3,17 +3,17 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from elastic.architecture import Architecture
 from elastic.config import ExtractConfig
-from elastic.cost import parameters
 from elastic.extract.card import LOADERS, write_card
 from elastic.extract.loading import resolve_dtype
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import verify
-from elastic.files import atomic_directory, require_space, write_json
+from elastic.members.architecture import Architecture
+from elastic.members.cost import parameters
 from elastic.parent.companions import companions, copy_companions
-from elastic.tensors import write_shards
-from elastic.tensors.progress import Progress
+from elastic.storage.files import atomic_directory, require_space, write_json
+from elastic.storage.progress import Progress
+from elastic.storage.writing import write_shards
 
 _ROOM_BYTES = 4 << 20
 """Room for what is written beside weights and copied files: headers, index, card."""

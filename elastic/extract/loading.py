@@ -8,13 +8,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
+from elastic.extract.layerwise import MODEL_TYPE
+from elastic.extract.layerwise.config import NemotronHElasticConfig
+from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
 from elastic.extract.slice import open_member
-from elastic.layerwise import MODEL_TYPE
-from elastic.layerwise.config import NemotronHElasticConfig
-from elastic.layerwise.model import NemotronHElasticForCausalLM
-from elastic.manifest import NAME, Manifest
 from elastic.parent.stock import read_config, read_shape
-from elastic.tensors import Pending, TensorStore
+from elastic.storage.manifest import NAME, Manifest
+from elastic.storage.reading import TensorStore
+from elastic.storage.writing import Pending
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -3,7 +3,7 @@
 Stock transformers has one size per kind of layer. A member that has several MLP widths or numbers
 of query heads can be zero-padded to the widest kept layer of the kind, which is exact: relu(0)^2 is
 0 and there are no biases, and zero columns of o_proj ignore what padded query heads attend to.
-Any member can be stored at true size, for a model of our own (`elastic.layerwise`).
+Any member can be stored at true size, for a model of our own (`elastic.extract.layerwise`).
 """
 
 import math
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic import cost
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.config import ParentShape
-from elastic.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
-from elastic.layerwise.sizes import layerwise_config
-from elastic.manifest import NAME, Manifest, Member
+from elastic.extract.layerwise.sizes import layerwise_config
+from elastic.members import cost
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
+from elastic.members.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
 from elastic.parent.stock import read_config, read_shape, stock_config
-from elastic.tensors import BLOCK_BYTES, Pending, StoredTensor, TensorStore, ahead
+from elastic.storage.ahead import ahead
+from elastic.storage.manifest import NAME, Manifest, Member
+from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
+from elastic.storage.writing import Pending
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
 """What the sizes of a kind of layer are called."""

@@ -14,8 +14,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import NemotronHForCausalLM
 
-from elastic import cost
-from elastic.architecture import Architecture
 from elastic.extract.compare import (
     VerificationError,
     Verified,
@@ -27,10 +25,13 @@ from elastic.extract.compare import (
 )
 from elastic.extract.slice import OpenMember
 from elastic.extract.verify_blocks import check_blocks
-from elastic.masks import hard_keep
+from elastic.members import cost
+from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
-from elastic.tensors import Pending, StoredTensor, TensorStore
-from elastic.tensors.progress import Progress
+from elastic.routing.masks import hard_keep
+from elastic.storage.progress import Progress
+from elastic.storage.reading import StoredTensor, TensorStore
+from elastic.storage.writing import Pending
 
 MEMORY_BYTES = 1 << 30
 """Weights in float32 and logits that a check of the whole model may hold. Everything else, most of

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import NemotronHForCausalLM
 from transformers.masking_utils import create_causal_mask
 
-from elastic import cost
-from elastic.architecture import Architecture
 from elastic.extract.compare import difference, empty, fill
 from elastic.extract.slice import OpenMember
-from elastic.masks import hard_keep
+from elastic.members import cost
+from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
 from elastic.parent.hybrid import Block
-from elastic.tensors import TensorStore
+from elastic.routing.masks import hard_keep
+from elastic.storage.reading import TensorStore
 
 TOKENS = (2, 48)
 """Batch and time that a block runs on: longer than a chunk of our scan."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from elastic.architecture import Architecture, droppable_layers
 from elastic.config import ImportanceConfig
 from elastic.importance.score import normalised_error
+from elastic.members.architecture import Architecture, droppable_layers
 from elastic.parent import HybridParent
 
 log = logging.getLogger(__name__)

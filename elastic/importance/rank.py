@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from elastic.architecture import Space
 from elastic.config import ImportanceConfig, ParentShape
-from elastic.files import atomic_file, digest
 from elastic.importance.collect import collect_scores, rank_layers
 from elastic.importance.score import Orders, rank_widths
+from elastic.members.architecture import Space
 from elastic.parent import HybridParent
 from elastic.parent.weights import open_weights
-from elastic.tensors import TensorStore
+from elastic.storage.files import atomic_file, digest
+from elastic.storage.reading import TensorStore
 
 log = logging.getLogger(__name__)
 

@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from elastic.config import ParentShape
-from elastic.cut import Ranges, tensor_shapes
-from elastic.files import write_json
 from elastic.importance.rank import Ranking
 from elastic.importance.score import Orders
+from elastic.members.cut import Ranges, tensor_shapes
 from elastic.parent import HybridParent
 from elastic.parent.companions import copy_companions
 from elastic.parent.stock import read_config
 from elastic.parent.weights import open_weights, save_weights
-from elastic.tensors import Pending, StoredTensor, ahead
-from elastic.tensors.progress import Progress
+from elastic.storage.ahead import ahead
+from elastic.storage.files import write_json
+from elastic.storage.progress import Progress
+from elastic.storage.reading import StoredTensor
+from elastic.storage.writing import Pending
 
 RANKING = "ranking.json"
 """Says by which ranking a checkpoint was sorted."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from elastic.files import write_json
+from elastic.storage.files import write_json
 
 TOKENIZER = (
     "tokenizer*",

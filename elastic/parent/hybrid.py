@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic.architecture import Architecture, Layer
 from elastic.config import ParentShape
-from elastic.cut import layer_cut, prefix
+from elastic.members.architecture import Architecture, Layer
+from elastic.members.cut import layer_cut, prefix
 from elastic.parent.layers import (
     MLP,
     Attention,

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elastic.architecture import AttentionLayer
 from elastic.config import ParentShape
-from elastic.cut import Cut
+from elastic.members.architecture import AttentionLayer
+from elastic.members.cut import Cut
 
 Cuts = Mapping[str, Cut]
 

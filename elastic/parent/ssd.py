@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic.architecture import MambaLayer
 from elastic.config import ConfigError, ParentShape
+from elastic.members.architecture import MambaLayer
 from elastic.parent.layers import Cuts, LayerKeep, Linear, narrow
 from elastic.parent.ssd_fused import mixer_core
 from elastic.parent.ssd_ref import ssd_chunked

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from elastic.config import ConfigError, ParentShape
-from elastic.cut import tensor_shapes
-from elastic.files import require_space, write_json
+from elastic.members.cut import tensor_shapes
 from elastic.parent.hybrid import HybridParent
 from elastic.parent.stock import read_config, read_shape, stock_config
-from elastic.tensors import Pending, TensorStore, assembled, write_shards
+from elastic.storage.files import require_space, write_json
+from elastic.storage.reading import TensorStore, assembled
+from elastic.storage.writing import Pending, write_shards
 
 
 def locate(path: str) -> Path:

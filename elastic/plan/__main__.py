@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from elastic.command import command
+from elastic.cli.command import command
 from elastic.config import PlanConfig
-from elastic.files import write_json
 from elastic.plan.text import describe
 from elastic.plan.work import make_plan
+from elastic.storage.files import write_json
 
 
 def main(config: PlanConfig) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from elastic.architecture import AXIS_KIND, Architecture, AttentionLayer, Layer, MambaLayer
 from elastic.config import ParentShape
-from elastic.cut import Cut, layer_cut, size_of, tensor_shapes
+from elastic.members.architecture import AXIS_KIND, Architecture, AttentionLayer, Layer, MambaLayer
+from elastic.members.cut import Cut, layer_cut, size_of, tensor_shapes
 
 TORCH_CHUNK, MAMBA_SSM_CHUNK = 32, 256
 """`elastic.parent.ssd_ref.CHUNK` and `elastic.parent.ssd.MAMBA_SSM_CHUNK`, without torch."""

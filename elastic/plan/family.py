@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic import cost
-from elastic.architecture import Architecture, Space, droppable_layers
 from elastic.config import AXES, ImportanceConfig, ParentShape
-from elastic.cost import LayerSize, layer_parameters
+from elastic.members import cost
+from elastic.members.architecture import Architecture, Space, droppable_layers
+from elastic.members.cost import LayerSize, layer_parameters
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic.architecture import Architecture, Space
 from elastic.config import ConfigError, ParentShape, PlanConfig
 from elastic.config.training import STRATEGIES
-from elastic.curriculum import Stage, plan
+from elastic.members.architecture import Architecture, Space
 from elastic.plan.blocks import soft_axes
 from elastic.plan.memory import (
     Pass,
@@ -23,6 +22,7 @@ from elastic.plan.memory import (
     static_memory,
 )
 from elastic.plan.training import stage_work
+from elastic.routing.curriculum import Stage, plan
 
 GIB = 2**30
 SMALL_CHUNK = 512

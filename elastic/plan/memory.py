@@ -7,9 +7,9 @@ configures them (ZeRO: arXiv 1910.02054, section 5); what a pass keeps is in `bl
 
 from dataclasses import dataclass
 
-from elastic.architecture import Architecture, Space
 from elastic.config import ObjectiveConfig, ParentShape, RunConfig
-from elastic.cost import parameters
+from elastic.members.architecture import Architecture, Space
+from elastic.members.cost import parameters
 from elastic.plan.blocks import Block, Execution, blocks_of
 
 BUCKET = 200_000_000

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elastic.architecture import Architecture
 from elastic.config import ParentShape, PlanConfig
-from elastic.cost import flops_per_token
-from elastic.curriculum import Stage, budget_probabilities
+from elastic.members.architecture import Architecture
+from elastic.members.cost import flops_per_token
+from elastic.routing.curriculum import Stage, budget_probabilities
 
 SEPARATE_TOKENS, SCRATCH_TOKENS = 750e9, 40e12
 """6B and 9B by sequential compression, and pretrained from scratch (arXiv 2511.16664, table 2)."""

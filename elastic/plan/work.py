@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from elastic.architecture import AXIS_KIND, Architecture, Space
 from elastic.config import AXES, ConfigError, ParentShape, PlanConfig
 from elastic.config.training import STRATEGIES
-from elastic.cost import parameters
-from elastic.curriculum import check_budgets, plan
+from elastic.members.architecture import AXIS_KIND, Architecture, Space
+from elastic.members.cost import parameters
+from elastic.members.search import check_reachable, targets_of
 from elastic.plan.family import (
     Reach,
     architecture_of,
@@ -21,7 +21,7 @@ from elastic.plan.family import (
 from elastic.plan.fit import Fit, Fitter, Setup
 from elastic.plan.memory import on_gpu, ranking_memory
 from elastic.plan.training import SCRATCH_TOKENS, SEPARATE_TOKENS, gpu_hours, stage_work
-from elastic.search import check_reachable, targets_of
+from elastic.routing.curriculum import check_budgets, plan
 
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:

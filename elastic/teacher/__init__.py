@@ -2,9 +2,9 @@
 
 from elastic.teacher.base import Teacher, documents_in
 from elastic.teacher.build import build_teacher, check_teacher
-from elastic.teacher.contents import Contents, contents_of
-from elastic.teacher.live import LiveTeacher
-from elastic.teacher.stored import StoredTeacher
+from elastic.teacher.cache.index import Contents, contents_of
+from elastic.teacher.cached import StoredTeacher
+from elastic.teacher.online import LiveTeacher
 from elastic.teacher.streamed import StreamedTeacher
 
 __all__ = [

@@ -6,9 +6,9 @@ from elastic.config import ObjectiveConfig
 from elastic.config.checks import require
 from elastic.parent import HybridParent
 from elastic.teacher.base import Teacher
-from elastic.teacher.contents import Contents
-from elastic.teacher.live import LiveTeacher
-from elastic.teacher.stored import StoredTeacher
+from elastic.teacher.cache.index import Contents
+from elastic.teacher.cached import StoredTeacher
+from elastic.teacher.online import LiveTeacher
 from elastic.teacher.streamed import HostHome, SharedHome, StreamedTeacher
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic.parent import HybridParent
-from elastic.teacher.live import LiveTeacher
+from elastic.teacher.online import LiveTeacher
 
 log = logging.getLogger(__name__)
 

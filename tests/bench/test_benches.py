@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import CONF
 from hydra import compose, initialize_config_dir
 
 from elastic.bench import cutting, extract, scan, step
@@ -25,7 +26,6 @@ from elastic.config import (
     StepBenchConfig,
     parse,
 )
-from tests.runs import CONF
 
 ROOT = CONF.parent
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import NANO_12B, tiny_shape
 from safetensors.torch import load_file, save_file
-from strategies import NANO_12B, tiny_shape
 
-from elastic.architecture import Architecture
 from elastic.bench import extract as bench
 from elastic.bench.synthetic import bytes_of, family, scaled_shape, shares_of, write_checkpoint
 from elastic.config import (
@@ -23,9 +22,10 @@ from elastic.config import (
     ParentConfig,
     SpaceConfig,
 )
-from elastic.cost import parameters
-from elastic.extract import extract
-from elastic.manifest import Manifest
+from elastic.extract.export import extract
+from elastic.members.architecture import Architecture
+from elastic.members.cost import parameters
+from elastic.storage.manifest import Manifest
 
 SHAPE = tiny_shape(hidden_size=32, intermediate_size=64, vocab_size=50)
 SPACE = SpaceConfig(hidden=[32, 28, 24], ffn=[64, 48, 32], tolerance=0.1)

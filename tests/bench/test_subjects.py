@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from helpers.runs import CONF
+from helpers.strategies import random_parent, random_tokens, tiny_member, tiny_shape
 from hydra import compose, initialize_config_dir
-from strategies import random_parent, random_tokens, tiny_member, tiny_shape
 
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.bench.profile import matmul_flops
 from elastic.bench.run import StepTimes, variants_of
 from elastic.bench.subjects import StockStep, TrainingStep, balanced_members, shape_of
 from elastic.config import StepBenchConfig, parse
-from elastic.cost import parameters
 from elastic.extract.compare import plain_transformers
-from tests.runs import CONF
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
+from elastic.members.cost import parameters
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cluster_processes import processes
+from helpers.cluster_processes import processes
 
 from elastic.cluster import rendezvous
 from elastic.cluster.place import Place, from_all

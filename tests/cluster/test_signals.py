@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from cluster_processes import processes
+from helpers.cluster_processes import processes
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from elastic.cluster.place import Given, Place, wait_for_all

@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import random_parent, tiny_shape
 from safetensors.torch import save_file
-from strategies import random_parent, tiny_shape
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from elastic import cost
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.config import ExtractConfig, ParentShape
-from elastic.manifest import Manifest, Member
+from elastic.members import cost
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.parent import HybridParent
 from elastic.parent.weights import save_parent
-from elastic.tensors import StoredTensor, reading
+from elastic.storage import reading
+from elastic.storage.manifest import Manifest, Member
+from elastic.storage.reading import StoredTensor
 
 SHAPE = tiny_shape(vocab_size=40)
 SMALL = Architecture(8, (MambaLayer(0, 4, 5), MLPLayer(1, 3), AttentionLayer(2, 4), MLPLayer(4, 3)))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from elastic import cost
-from elastic.extract import extract
+from elastic.extract.export import extract
+from elastic.members import cost
 
 PROVENANCE = {
     "parent": "owner/nano-12b",

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.paths import ROOT
 
 from elastic.parent import HybridParent
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*settings: str) -> subprocess.CompletedProcess[str]:

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import assert_near, members, random_tokens, tiny_shape
 from hypothesis import given, settings
 from safetensors.torch import load_file
-from strategies import assert_near, members, random_tokens, tiny_shape
 from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausalLM
 
 import elastic  # noqa: F401  # so that AutoModelForCausalLM knows members at true size
-from elastic import cost
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.config import ParentShape
-from elastic.extract import extract, open_member
 from elastic.extract.card import LOADERS
-from elastic.extract.slice import stored_shape
-from elastic.layerwise.model import NemotronHElasticForCausalLM
-from elastic.masks import hard_keep
-from elastic.tensors import StoredTensor
+from elastic.extract.export import extract
+from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
+from elastic.extract.slice import open_member, stored_shape
+from elastic.members import cost
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
+from elastic.routing.masks import hard_keep
+from elastic.storage.reading import StoredTensor
 
 
 def stock(directory: Path) -> NemotronHForCausalLM:

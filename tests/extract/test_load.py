@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import assert_near, random_tokens, tiny_shape
 from safetensors.torch import load_file, save_file
-from strategies import assert_near, random_tokens, tiny_shape
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 import elastic
-from elastic import cost
-from elastic.architecture import Architecture
-from elastic.extract import extract
-from elastic.layerwise.model import NemotronHElasticForCausalLM
-from elastic.tensors import StoredTensor
+from elastic.extract.export import extract
+from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
+from elastic.members import cost
+from elastic.members.architecture import Architecture
+from elastic.storage.reading import StoredTensor
 
 
 def stock(directory: Path, **options: Any) -> NemotronHForCausalLM:
@@ -205,7 +205,7 @@ def test_a_bad_dtype_names_the_allowed(checkpoint: Any) -> None:
 def test_importing_elastic_imports_no_torch() -> None:
     """Settings are checked, and help is shown, without seconds of imports."""
     heavy = "'torch' in sys.modules or 'transformers' in sys.modules"
-    code = f"import elastic, elastic.command, sys; sys.exit({heavy})"
+    code = f"import elastic, elastic.cli.command, sys; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from elastic.extract import extract
+from elastic.extract.export import extract
 
 STUCK = """
 import sys, time
 from pathlib import Path
 from elastic.config import ExtractConfig
-from elastic.extract import extract
-from elastic.tensors import StoredTensor
+from elastic.extract.export import extract
+from elastic.storage.reading import StoredTensor
 
 calls = iter(range(1000))
 read = StoredTensor.blocks

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import kept_regions, tiny_shape
+from helpers.strategies import kept_regions, tiny_shape
 
-from elastic.architecture import Architecture, MLPLayer
-from elastic.cut import member_cuts, tensor_shapes
 from elastic.extract.slice import open_member, padded, stored_shape
+from elastic.members.architecture import Architecture, MLPLayer
+from elastic.members.cut import member_cuts, tensor_shapes
 from elastic.parent import HybridParent
 
 

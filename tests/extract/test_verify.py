@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import assert_near, random_tokens
 from safetensors.torch import load_file, save_file
-from strategies import assert_near, random_tokens
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 import elastic.extract.export as export
-from elastic.extract import VerificationError, extract, open_member
-from elastic.extract.compare import TOLERANCE, Verified, plain_transformers
+from elastic.extract.compare import TOLERANCE, VerificationError, Verified, plain_transformers
+from elastic.extract.export import extract
+from elastic.extract.slice import open_member
 from elastic.extract.verify import parent_logits, verify
-from elastic.masks import hard_keep
 from elastic.parent import HybridParent
+from elastic.routing.masks import hard_keep
 
 
 @pytest.fixture

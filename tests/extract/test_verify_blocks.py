@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import NANO_12B
 from safetensors.torch import load_file, save_file
-from strategies import NANO_12B
 from torch import nn
 from transformers import NemotronHForCausalLM
 
-from elastic.architecture import Architecture
-from elastic.extract import OpenMember, VerificationError, compare, extract, open_member
+from elastic.extract import compare
 from elastic.extract import verify_blocks as blocks
-from elastic.extract.compare import TOLERANCE, model_class
+from elastic.extract.compare import TOLERANCE, VerificationError, model_class
+from elastic.extract.export import extract
+from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import MEMORY_BYTES, verify, whole_model_bytes
-from elastic.tensors import TensorStore
+from elastic.members.architecture import Architecture
+from elastic.storage.reading import TensorStore
 
 
 def verify_in_blocks(output: Path, member: OpenMember) -> compare.Verified:

@@ -9,12 +9,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import assert_near, random_parent, random_tokens, tiny_shape
+from helpers.strategies import assert_near, random_parent, random_tokens, tiny_shape
 from torch import Tensor
 
-from elastic.architecture import Architecture
 from elastic.config import ConfigError, ImportanceConfig, ParentShape
 from elastic.importance.collect import collect_scores, rank_layers
+from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
 from elastic.parent.layers import LayerKeep
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.strategies import random_parent, random_tokens, tiny_shape
 from safetensors import safe_open
 from safetensors.torch import save_file
-from strategies import random_parent, random_tokens, tiny_shape
 from torch import Tensor
 
-from elastic.architecture import Space
 from elastic.config import ImportanceConfig, SpaceConfig
-from elastic.cut import tensor_shapes
 from elastic.importance import Orders, Ranking, read_ranking
 from elastic.importance import rank as rank_checkpoint
+from elastic.members.architecture import Space
+from elastic.members.cut import tensor_shapes
 from elastic.parent import HybridParent
 from elastic.parent.weights import save_parent
-from elastic.tensors import TensorStore
+from elastic.storage.reading import TensorStore
 
 rank_module = importlib.import_module("elastic.importance.rank")  # the name `rank` is the function
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers.strategies import shapes, tiny_shape
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import shapes, tiny_shape
 from torch import Tensor
 
 from elastic.config import ParentShape

@@ -9,10 +9,8 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from orders import identity_orders, one_axis, random_orders
-from strategies import (
+from helpers.orders import identity_orders, one_axis, random_orders
+from helpers.strategies import (
     TOLERANCE,
     architectures,
     assert_near,
@@ -22,14 +20,16 @@ from strategies import (
     shapes,
     tiny_shape,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.config import ImportanceConfig, ParentShape
 from elastic.importance import Orders, sort_parent
 from elastic.importance.collect import collect_scores
 from elastic.importance.score import rank_widths
 from elastic.importance.sort import check_orders, head_units
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.parent import HybridParent, Keep, LayerKeep
 
 SHAPE = tiny_shape()

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import in_published_types
-from orders import identity_orders, random_orders
+from helpers.checkpoints import in_published_types
+from helpers.orders import identity_orders, random_orders
+from helpers.strategies import random_parent, tiny_shape
 from safetensors.torch import load_file, save_file
-from strategies import random_parent, tiny_shape
 
-from elastic.cut import tensor_shapes
-from elastic.files import write_json
 from elastic.importance import Orders, Ranking, is_sorted, sort_checkpoint, sort_parent
+from elastic.members.cut import tensor_shapes
 from elastic.parent.weights import load_parent, save_parent, save_weights
-from elastic.tensors import Pending
+from elastic.storage.files import write_json
+from elastic.storage.writing import Pending
 
 SHAPE = tiny_shape(pattern="M-*M-")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from heads import (
+from helpers.heads import (
     TEACHER_WIDTH,
     TOKENS,
     VOCABULARY,

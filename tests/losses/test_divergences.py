@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from heads import top_k_dense
+from helpers.heads import top_k_dense
 from torch import Tensor
 
 from elastic.config.training import DIVERGENCES

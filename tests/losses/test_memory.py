@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import (
+from helpers.heads import (
     TEACHER_WIDTH,
     TOKENS,
     WEIGHTS,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import head, logits, targets, teacher_head
+from helpers.heads import head, logits, targets, teacher_head
 from torch import Tensor
 
 from elastic.config import ObjectiveConfig

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.strategies import (
     architectures,
     assert_near,
     gradients,
@@ -15,12 +13,14 @@ from strategies import (
     tiny_member,
     tiny_shape,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from elastic.architecture import Architecture
 from elastic.config import ParentShape
-from elastic.masks import hard_keep
+from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent, Keep, LayerKeep, Member
+from elastic.routing.masks import hard_keep
 
 Drawn = tuple[ParentShape, Architecture]
 

@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import (
+from helpers.strategies import (
     TOLERANCE,
     assert_gradients_near,
     assert_near,
@@ -29,15 +27,17 @@ from strategies import (
     tiny_member,
     tiny_shape,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-import elastic.masks
-from elastic.architecture import Architecture
+import elastic.routing.masks
 from elastic.config import ParentShape
-from elastic.masks import hard_keep
+from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent, Keep, LayerKeep
 from elastic.parent.hybrid import Block
 from elastic.parent.layers import RMSNorm
+from elastic.routing.masks import hard_keep
 
 Drawn = tuple[ParentShape, Architecture]
 
@@ -162,7 +162,7 @@ def _update_not_masked(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         (elastic.parent.ssd_fused, "_kept", _gated_norm_over_the_full_group),
         (Block, "forward", _gate_left_out),
         (Block, "forward", _update_not_masked),
-        (elastic.masks, "prefix_masks", lambda _: _global_heads),
+        (elastic.routing.masks, "prefix_masks", lambda _: _global_heads),
     ],
     ids=["norm_width", "gated_norm_share", "depth_gate", "hidden_mask", "heads_across_groups"],
 )

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import TOLERANCE, assert_near, random_parent, tiny_member, tiny_shape
+from helpers.strategies import TOLERANCE, assert_near, random_parent, tiny_member, tiny_shape
 from torch import Tensor
 
-from elastic.architecture import MambaLayer
-from elastic.cut import Cut, layer_cut
+from elastic.members.architecture import MambaLayer
+from elastic.members.cut import Cut, layer_cut
 from elastic.parent.layers import LayerKeep, RMSNorm, _SquaredReLU, narrow
 from elastic.parent.ssd import MambaMixer
 from elastic.parent.ssd_ref import CHUNK

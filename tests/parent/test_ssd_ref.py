@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.strategies import TOLERANCE, assert_near, difference
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import TOLERANCE, assert_near, difference
 from torch import Tensor
 
 from elastic.config import ConfigError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import load_stock, reconfigure, refused, saved
-from strategies import difference, random_tokens, tiny_shape
+from helpers.checkpoints import load_stock, reconfigure, refused, saved
+from helpers.strategies import difference, random_tokens, tiny_shape
 
 from elastic.parent.stock import read_shape, stock_config
 from elastic.parent.weights import load_parent

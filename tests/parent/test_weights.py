@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import INDEX, WHOLE, load_stock, reconfigure, refused, rewrite, saved
+from helpers.checkpoints import INDEX, WHOLE, load_stock, reconfigure, refused, rewrite, saved
+from helpers.strategies import assert_near, random_parent, random_tokens, shapes, tiny_shape
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from strategies import assert_near, random_parent, random_tokens, shapes, tiny_shape
 from torch import Tensor
 
 from elastic.config import ParentShape

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from plan.test_fit import made, plan_settings
 
-from elastic.command import CONF
+from elastic.cli.command import CONF
 from elastic.config import PlanConfig, RunConfig
 from elastic.config.plan import PlanSettings
 from elastic.parent.stock import stock_config

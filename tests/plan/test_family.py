@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import pytest
-from spaces import SHAPE, space_of
+from helpers.spaces import SHAPE, space_of
 
-from elastic.architecture import Architecture
 from elastic.config import AXES, ImportanceConfig, SpaceConfig
-from elastic.cost import conv_state_bytes, kv_cache_bytes, parameters, ssm_state_bytes
+from elastic.members.architecture import Architecture
+from elastic.members.cost import conv_state_bytes, kv_cache_bytes, parameters, ssm_state_bytes
 from elastic.plan.family import (
     architecture_of,
     assumed_drop_order,

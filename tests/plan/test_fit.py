@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from elastic.architecture import Architecture, Space
-from elastic.command import CONF
+from elastic.cli.command import CONF
 from elastic.config import ConfigError, PlanConfig, parse
-from elastic.cost import flops_per_token
-from elastic.curriculum import plan
+from elastic.members.architecture import Architecture, Space
+from elastic.members.cost import flops_per_token
+from elastic.members.search import targets_of
 from elastic.plan.fit import GIB, Fitter
 from elastic.plan.training import gpu_hours, passes_per_token, stage_work
 from elastic.plan.work import make_plan
-from elastic.search import targets_of
+from elastic.routing.curriculum import plan
 
 REAL = "experiment=nano_v2_12b"
 

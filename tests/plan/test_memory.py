@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.runs import settings
+from helpers.strategies import tiny_shape
 from plan.alive import Alive, saved_bytes
-from strategies import tiny_shape
 
-from elastic.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
 from elastic.bench.subjects import TrainingStep, autocast
 from elastic.cluster import strategies
 from elastic.config import OptimConfig, ParentShape, RunConfig, SpaceConfig
-from elastic.masks import hard_keep
+from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
 from elastic.plan.memory import Run, pass_memory, static_memory
-from elastic.router import Router, RouterOptimizer
+from elastic.routing.masks import hard_keep
+from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import LiveTeacher
-from tests.runs import settings
 
 SHAPE = tiny_shape(
     pattern="M-M*-M-",

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.paths import ROOT
+from helpers.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
 from safetensors.torch import load_file
-
-from tests.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
 from tests.slurm.cluster import Cluster, cluster
 
-ROOT = Path(__file__).parents[2]
 TEXT = ["data.source=files", f"data.path='{ROOT}/elastic/*/*.py'"]
 ONE_STEP = ["debug=one_step", *TEXT, "data.validation_every=3"]
 TWO_TASKS = ["--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1"]

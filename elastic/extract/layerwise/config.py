@@ -1,0 +1,24 @@
+"""The configuration of Nemotron-H with sizes per layer."""
+
+from typing import Any
+
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig
+
+from elastic.extract.layerwise import MODEL_TYPE
+
+
+class NemotronHElasticConfig(NemotronHConfig):
+    """Nemotron-H whose `per_layer_config` says what each layer's sizes are.
+
+    transformers keeps it: `config.per_layer_config[i]` is a configuration with the sizes of layer
+    i, and reading a size that differs between layers from the whole raises. That is why the stock
+    model cannot be built from it.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # The model registers itself with the Auto classes: not before somebody has use for it,
+        # and nobody can ask them for it without such a configuration.
+        import elastic.extract.layerwise.model  # noqa: F401

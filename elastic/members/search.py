@@ -1,0 +1,386 @@
+"""Which members meet a budget: reachable sizes, and the most probable family. Pure data, no torch.
+
+A budget is met when the exact parameter count of a member is within the tolerance of its target. Of
+all families that meet every budget (and are nested, when asked) the most probable one is taken.
+"""
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic.config import AXES, BudgetConfig, ConfigError, ImportanceConfig, ParentShape
+from elastic.members.architecture import AXIS_KIND, Architecture, Selection, Space, droppable_layers
+from elastic.members.cost import LayerSize, layer_parameters, parameters, total_parameters
+
+WIDTH_AXIS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
+"""Axis that sets the width of a kind of layer."""
+
+LogProbabilities = Mapping[str, np.ndarray]
+"""axis -> (decisions, choices); an axis that is left alone may be absent."""
+
+Table = tuple[str, np.ndarray, np.ndarray, list[np.ndarray], int]
+"""A heterogeneous axis: its name, cost and score per sum of widths, choices per layer, unit."""
+
+FILLINGS = 32
+"""Fillings of the layers that are tried per combination of the other axes."""
+
+ATTEMPTS, PATIENCE = 100, 2_000
+"""Members that are tried for one family before the best one so far is taken, and while none is."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The member that a budget got."""
+
+    selection: Selection
+    architecture: Architecture
+    params: int
+
+
+def target_params(budget: BudgetConfig, shape: ParentShape) -> int:
+    """Parameters that a budget asks for."""
+    full = parameters(shape, Architecture.full(shape))
+    return round(budget.params * full) if budget.params <= 1 else round(budget.params)
+
+
+def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, int]:
+    """Targets by name, largest first; `ConfigError` for one above the parent or given twice."""
+    full = parameters(shape, Architecture.full(shape))
+    targets = {name: target_params(budget, shape) for name, budget in budgets.items()}
+    for name, target in targets.items():
+        if target > full:
+            raise ConfigError(
+                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's "
+                f"{full:,}"
+            )
+    if len(set(targets.values())) < len(targets):
+        raise ConfigError(f"budgets: targets must differ, got {targets}")
+    return dict(sorted(targets.items(), key=lambda item: -item[1]))
+
+
+class Unreachable(ConfigError):
+    """A target that no member meets; names the closest sizes, 0 where there is none."""
+
+    def __init__(
+        self, name: str, target: int, closest: tuple[int, int], tolerance: float, nested: bool
+    ) -> None:
+        self.name, self.target, self.closest = name, target, closest
+        self.nested = nested
+        sizes = " and ".join(f"{size:,}" for size in closest if size)
+        super().__init__(
+            f"budgets.{name}: no combination of space is within {tolerance:.1%} of {target:,} "
+            f"parameters; the closest reachable are {sizes}" + (", nested" if nested else "")
+        )
+
+
+class Search:
+    """Members of one space under one drop order, by size and by probability."""
+
+    def __init__(self, space: Space, drop_order: Sequence[int], tolerance: float) -> None:
+        self.space = space
+        self.drop_order = tuple(drop_order)
+        self.tolerance = tolerance
+        self.full = parameters(space.shape, Architecture.full(space.shape))
+        self._once = [axis for axis in AXES if axis not in space.heterogeneous]
+        self._layered = [axis for axis in AXES if axis in space.heterogeneous]
+        self._kinds: dict[int, Counter[str]] = {}
+
+    def family(
+        self,
+        targets: Mapping[str, int],
+        log_probabilities: Mapping[str, LogProbabilities],
+        nested: bool,
+    ) -> dict[str, Choice]:
+        """The most probable member for every budget, `targets` largest first.
+
+        The parent itself is the only member of its own size. With heterogeneous axes the layers are
+        set to their best for every combination of the other axes.
+
+        Raises:
+            ConfigError: no combination reaches a target; the message names the closest sizes.
+        """
+        names = list(targets)
+        largest = self._whole()
+        ceiling = []  # best score of every budget on its own, without nesting
+        for name in names:
+            first = next(self._candidates(targets[name], log_probabilities[name], largest, 1), None)
+            if first is None:
+                raise self._unreachable(name, targets[name], largest, False)
+            ceiling.append(first[0])
+
+        failed: dict[str, Selection] = {}
+
+        def best(
+            position: int, outer: Selection, fillings: int
+        ) -> tuple[float, list[Selection]] | None:
+            if position == len(names):
+                return 0.0, []
+            name = names[position]
+            found: tuple[float, list[Selection]] | None = None
+            hope = sum(ceiling[position + 1 :])
+            limit = outer if nested else largest
+            for score, selection in self._candidates(
+                targets[name], log_probabilities[name], limit, fillings
+            ):
+                patience = ATTEMPTS if found is not None and fillings > 1 else PATIENCE
+                if next(attempts) > patience or found is not None and score + hope <= found[0]:
+                    break
+                rest = best(position + 1, selection, fillings)
+                if rest is not None and (found is None or score + rest[0] > found[0]):
+                    found = score + rest[0], [selection, *rest[1]]
+            if found is None:
+                failed[name] = outer
+            return found
+
+        # One filling per combination is quick and nearly always enough; more only when it is not.
+        for fillings in (1, FILLINGS):
+            attempts = itertools.count()
+            solution = best(0, largest, fillings)
+            if solution is not None:
+                break
+        if solution is None:
+            name, outer = next(iter(failed.items()))
+            raise self._unreachable(name, targets[name], outer, nested)
+        choices = {}
+        for name, selection in zip(names, solution[1], strict=True):
+            architecture = self.space.architecture(selection, self.drop_order)
+            params = parameters(self.space.shape, architecture)
+            choices[name] = Choice(selection, architecture, params)
+        return choices
+
+    def _whole(self) -> Selection:
+        return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
+
+    def _candidates(
+        self, target: int, log_probabilities: LogProbabilities, outer: Selection, fillings: int
+    ) -> Iterator[tuple[float, Selection]]:
+        """Members within tolerance of the target and within `outer`, most probable first."""
+        if target == self.full:
+            if outer == self._whole():
+                yield self._score(log_probabilities, outer), outer
+            return
+        heap: list[tuple[float, int, bool, Selection]] = []
+        tickets = itertools.count()  # ties keep their order
+        ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
+        for indices in itertools.product(*ranges):
+            once: Selection = {
+                axis: (index,) for axis, index in zip(self._once, indices, strict=True)
+            }
+            bound = self._score(log_probabilities, once)
+            for axis in self._layered:  # the best that the layers could add
+                for layer, floor in enumerate(outer[axis]):
+                    bound += float(_log(log_probabilities, self.space, axis)[layer, floor:].max())
+            heapq.heappush(heap, (-bound, next(tickets), False, once))
+        while heap:
+            score, _, complete, selection = heapq.heappop(heap)
+            if complete:
+                yield -score, selection
+                continue
+            found = self._fill_layers(target, log_probabilities, selection, outer)
+            for filled in itertools.islice(found, fillings):
+                total = self._score(log_probabilities, filled)
+                heapq.heappush(heap, (-total, next(tickets), True, filled))
+
+    def _score(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
+        return sum(
+            float(_log(log_probabilities, self.space, axis)[position, index])
+            for axis, indices in selection.items()
+            for position, index in enumerate(indices)
+        )
+
+    def _sums(
+        self, axis: str, log: np.ndarray, once: Selection, outer: Selection
+    ) -> tuple[np.ndarray, list[np.ndarray], int]:
+        """Best log-probability for every sum of one axis' sizes over the kept layers.
+
+        A layer's cost is linear in its width, so that only the sum matters: an exact knapsack.
+        Returns (sums,) scores in units of the sizes' common divisor, the choice of every layer at
+        every sum (-1 for a dropped layer), and the unit.
+        """
+        sizes = np.array(self.space.choices[axis])
+        unit = int(np.gcd.reduce(sizes))
+        steps = sizes // unit
+        dropped = self._dropped(once)
+        scores = np.zeros(1)
+        taken = []
+        for position, layer in enumerate(self.space.layers_of(axis)):
+            floor = outer[axis][position]
+            if layer in dropped:
+                taken.append(np.full(len(scores), floor + int(log[position, floor:].argmax())))
+                continue
+            grown = np.full(len(scores) + int(steps[floor]), -np.inf)
+            choice = np.full(len(grown), -1)
+            for index in range(floor, len(sizes)):
+                shifted = np.full(len(grown), -np.inf)
+                start = int(steps[index])
+                shifted[start : start + len(scores)] = scores + log[position, index]
+                better = shifted > grown
+                grown[better] = shifted[better]
+                choice[better] = index
+            scores = grown
+            taken.append(choice)
+        return scores, taken, unit
+
+    def _kept(self, depth: int) -> Counter[str]:
+        """Layers of each kind that a choice of depth keeps."""
+        if depth not in self._kinds:
+            kept = self.space.choices["depth"][depth]
+            dropped = self.drop_order[: len(self.space.shape.pattern) - kept]
+            kinds = self.space.shape.kinds
+            self._kinds[depth] = Counter(kinds) - Counter(kinds[layer] for layer in dropped)
+        return self._kinds[depth]
+
+    def _dropped(self, once: Selection) -> set[int]:
+        kept = self.space.choices["depth"][once["depth"][0]]
+        return set(self.drop_order[: len(self.space.shape.pattern) - kept])
+
+    def _layer_tables(
+        self, log_probabilities: LogProbabilities, once: Selection, outer: Selection
+    ) -> tuple[int, list[Table]]:
+        """Base cost without the heterogeneous widths, and per heterogeneous axis: cost per sum,
+        score per sum, choices, unit."""
+        shape = self.space.shape
+        hidden = self.space.choices["hidden"][once["hidden"][0]]
+        channels = self.space.choices["mamba_head_dim"][once["mamba_head_dim"][0]]
+        base = total_parameters(shape, hidden, ())
+        for kind, count in self._kept(once["depth"][0]).items():
+            axis = WIDTH_AXIS[kind]
+            # a layer's cost is linear in its width: what depends on it is in the tables
+            width = 0 if axis in self._layered else self.space.choices[axis][once[axis][0]]
+            base += count * layer_parameters(shape, hidden, LayerSize(kind, width, channels))
+        tables = []
+        for axis in self._layered:
+            kind = AXIS_KIND[axis]
+            two, one = (
+                layer_parameters(shape, hidden, LayerSize(kind, width, channels))
+                for width in (2, 1)
+            )
+            slope = two - one
+            log = _log(log_probabilities, self.space, axis)
+            scores, taken, unit = self._sums(axis, log, once, outer)
+            costs = np.arange(len(scores), dtype=np.int64) * unit * slope
+            tables.append((axis, costs, scores, taken, unit))
+        return base, tables
+
+    def _fill_layers(
+        self, target: int, log_probabilities: LogProbabilities, once: Selection, outer: Selection
+    ) -> Iterator[Selection]:
+        """Complete a selection with widths per layer that meet the target, most probable first.
+
+        One filling, the best, for each way of sharing the parameters between the axes; a nested
+        family may need another than the first, since the next budget has to fit inside.
+        """
+        base, tables = self._layer_tables(log_probabilities, once, outer)
+        margin = self.tolerance * target
+        costs, scores = np.array([base]), np.zeros(1)
+        for _, more_costs, more_scores, _, _ in tables:
+            costs = (costs[:, None] + more_costs).ravel()
+            scores = (scores[:, None] + more_scores).ravel()
+        met = np.flatnonzero((np.abs(costs - target) <= margin) & (scores > -np.inf))
+        for winner in met[np.argsort(-scores[met], kind="stable")]:
+            yield self._trace(int(winner), tables, once)
+
+    def _trace(self, winner: int, tables: list[Table], once: Selection) -> Selection:
+        """The choice of every layer behind one entry of the combined tables."""
+        selection = dict(once)
+        dropped = self._dropped(once)
+        for axis, more_costs, _, taken, unit in reversed(tables):
+            winner, total = divmod(winner, len(more_costs))
+            indices = []
+            layers = self.space.layers_of(axis)
+            for layer, choice in zip(reversed(layers), reversed(taken), strict=True):
+                at = min(total, len(choice) - 1) if layer in dropped else total
+                indices.append(int(choice[at]))
+                if layer not in dropped:
+                    total -= self.space.choices[axis][indices[-1]] // unit
+            selection[axis] = tuple(reversed(indices))
+        return {axis: selection[axis] for axis in AXES}
+
+    def _unreachable(self, name: str, target: int, outer: Selection, nested: bool) -> Unreachable:
+        """The error that names the closest sizes within `outer`."""
+        flat = {
+            axis: np.zeros((self.space.decisions(axis), len(self.space.choices[axis])))
+            for axis in AXES
+        }
+        below, above = 0, 0
+        ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
+        for indices in itertools.product(*ranges):
+            once: Selection = {
+                axis: (index,) for axis, index in zip(self._once, indices, strict=True)
+            }
+            base, tables = self._layer_tables(flat, once, outer)
+            costs = np.array([base])
+            for _, more_costs, more_scores, _, _ in tables:
+                costs = (costs[:, None] + more_costs[more_scores > -np.inf]).ravel()
+            smaller, larger = costs[costs <= target], costs[costs >= target]
+            below = max(below, int(smaller.max(initial=0)))
+            if larger.size:
+                above = min(above or int(larger.min()), int(larger.min()))
+        return Unreachable(name, target, (below, above), self.tolerance, nested)
+
+
+def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.ndarray:
+    """Log-probabilities of an axis; flat where none are given."""
+    if axis in log_probabilities:
+        return log_probabilities[axis]
+    return np.zeros((space.decisions(axis), len(space.choices[axis])))
+
+
+def check_reachable(
+    space: Space,
+    targets: Mapping[str, int],
+    importance: ImportanceConfig,
+    tolerance: float,
+    nested: bool,
+) -> None:
+    """Stop before any work if some target cannot be met, whatever the depth ranking turns out to
+    be.
+
+    The ranking is not known yet, so that orders of every composition stand for it. The real one is
+    checked again as soon as it is there.
+    """
+    flat: dict[str, LogProbabilities] = {name: {} for name in targets}
+    layers = droppable_layers(
+        space.shape, importance.drop_attention, importance.drop_ends, space.max_dropped
+    )
+    first: Unreachable | None = None
+    for order in _drop_orders(space.shape, layers, space.max_dropped):
+        try:
+            Search(space, order, tolerance).family(targets, flat, nested)
+            return
+        except Unreachable as error:
+            if first is None:
+                first = error
+            elif (error.name, error.nested) == (first.name, first.nested):
+                below = max(first.closest[0], error.closest[0])
+                above = min(filter(None, (first.closest[1], error.closest[1])), default=0)
+                closest = (below, above)
+                first = Unreachable(first.name, first.target, closest, tolerance, first.nested)
+    assert first is not None
+    raise first
+
+
+def _drop_orders(
+    shape: ParentShape, layers: Sequence[int], count: int
+) -> Iterator[tuple[int, ...]]:
+    """Orders that differ in cost: every number of layers per kind, kind by kind or in turns.
+
+    Layers of one kind cost the same, so that the first ones stand for all.
+    """
+    kinds = sorted({shape.kinds[layer] for layer in layers})
+    by_kind = [[layer for layer in layers if shape.kinds[layer] == kind] for kind in kinds]
+    seen = set()
+    for numbers in itertools.product(*(range(len(group) + 1) for group in by_kind)):
+        if sum(numbers) != count:
+            continue
+        parts = [group[:number] for group, number in zip(by_kind, numbers, strict=True)]
+        blocks = [tuple(itertools.chain(*order)) for order in itertools.permutations(parts)]
+        turns = itertools.chain(*itertools.zip_longest(*parts))
+        for order in (*blocks, tuple(layer for layer in turns if layer is not None)):
+            if order not in seen:
+                seen.add(order)
+                yield order

@@ -1,0 +1,1 @@
+"""Which member a step trains: curriculum, router, masks, family."""

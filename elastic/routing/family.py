@@ -1,0 +1,206 @@
+"""The members in training: soft masks while the router learns, fixed architectures afterwards."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic.config import ObjectiveConfig, RouterConfig, SpaceConfig
+from elastic.losses import router_terms
+from elastic.members.architecture import Architecture, Selection, Space
+from elastic.members.cost import parameters
+from elastic.members.search import Choice, Search, Unreachable
+from elastic.parent import Member
+from elastic.routing.masks import soft_keep
+from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
+
+log = logging.getLogger(__name__)
+
+SETTLED = 0.9
+"""Least probability of every choice that counts as settled."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one forward pass runs, and what the router pays for it."""
+
+    member: Member
+    terms: dict[str, Tensor]
+    """Router losses by name, `total` among them; empty once frozen."""
+    figures: dict[str, Tensor | float]
+    """Worth logging: temperature, scale, entropy, expected size."""
+
+
+class Family:
+    """Budgets, their targets and, from the freeze on, their architectures.
+
+    Everything drawn is a function of the seeds it is given, so that all ranks hold the same family
+    without talking, and a resumed run the same as an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        drop_order: tuple[int, ...],
+        targets: Mapping[str, int],
+        router: Router,
+        config: RouterConfig,
+        space_config: SpaceConfig,
+        objective: ObjectiveConfig,
+    ) -> None:
+        self.space, self.drop_order, self.targets = space, drop_order, dict(targets)
+        self.router, self.config, self.objective = router, config, objective
+        self.nested = space_config.nested
+        self.search = Search(space, drop_order, space_config.tolerance)
+        self.frozen: dict[str, Choice] | None = None
+        self._last_picks: list[tuple[str, int]] = []
+        self._settled = 0
+        flat: dict[str, dict] = {name: {} for name in self.targets}
+        # Unreachable targets stop here; and this family is there should the router's search fail.
+        self._some_family = self.search.family(self.targets, flat, self.nested)
+
+    @property
+    def names(self) -> list[str]:
+        """Budgets, largest first."""
+        return list(self.targets)
+
+    def draw(self, budget: str, progress: float, seed: int) -> Draw:
+        """The member of `budget` for one forward pass; `progress` 0..1 is over all elastic
+        tokens."""
+        if self.frozen is not None:
+            return Draw(self.member(self.frozen[budget]), {}, {})
+        now = schedule(self.config, progress / self.config.freeze_at)
+        generator = torch.Generator().manual_seed(seed)
+        logits = self.router(self.router.one_hot(self.names.index(budget)))
+        drawn = sample(logits, now, generator, self.config.hard_probability)
+        keep = soft_keep(self.space, self.drop_order, drawn)
+        expected = expected_parameters(self.space, self.drop_order, drawn)
+        target = self.targets[budget]
+        is_full = target == self.search.full
+        terms = router_terms(expected, target, is_full, drawn, self.objective)
+        figures: dict[str, Tensor | float] = {
+            "temperature": now.temperature,
+            "scale": now.scale,
+            "entropy": entropy({a: torch.softmax(now.scale * z, -1) for a, z in logits.items()}),
+            "expected_params": expected.mean(),
+        }
+        return Draw(keep, terms, {name: _detached(value) for name, value in figures.items()})
+
+    def member(self, choice: Choice) -> Member:
+        """How to run a choice: None when it is the whole parent."""
+        whole = Architecture.full(self.space.shape)
+        return None if choice.architecture == whole else choice.architecture
+
+    def choices(self, progress: float) -> dict[str, Choice]:
+        """The family as it would be cut now."""
+        if self.frozen is not None:
+            return self.frozen
+        scale = schedule(self.config, progress / self.config.freeze_at).scale
+        log_probabilities = {
+            name: self.router.log_probabilities(index, scale)
+            for index, name in enumerate(self.names)
+        }
+        try:
+            return self.search.family(self.targets, log_probabilities, self.nested)
+        except Unreachable as error:
+            log.warning("%s; taking a family that is legal, but not the router's own", error)
+            return self._some_family
+
+    def freeze_if_due(self, progress: float) -> bool:
+        """Fix the choices when the schedule says so, or when they have settled; True if just
+        now."""
+        if self.frozen is not None:
+            return False
+        due = progress >= self.config.freeze_at or self._has_settled(progress)
+        if due:
+            self.freeze(self.choices(progress))
+        return due
+
+    def freeze(self, choices: dict[str, Choice]) -> None:
+        """Fix the choices for good; the router learns no more."""
+        self.frozen = choices
+        self.router.requires_grad_(False)
+        log.info("router frozen; the family is\n%s", describe(choices))
+
+    def _has_settled(self, progress: float) -> bool:
+        if self.config.settled_steps == 0:
+            return False
+        scale = schedule(self.config, progress / self.config.freeze_at).scale
+        picks: list[tuple[str, int]] = []
+        sure = True
+        for index in range(len(self.names)):
+            for axis, values in self.router.log_probabilities(index, scale).items():
+                picks.extend((axis, int(pick)) for pick in values.argmax(-1))
+                sure = sure and bool((values.max(-1) > math.log(SETTLED)).all())
+        self._settled = self._settled + 1 if sure and picks == self._last_picks else 0
+        self._last_picks = picks
+        return self._settled >= self.config.settled_steps
+
+    def state(self) -> dict:
+        """What a checkpoint needs beside the router's weights; JSON."""
+        frozen = None
+        if self.frozen is not None:
+            frozen = {
+                name: {axis: [int(pick) for pick in picks] for axis, picks in c.selection.items()}
+                for name, c in self.frozen.items()
+            }
+        return {"frozen": frozen, "settled": self._settled, "picks": self._last_picks}
+
+    def load_state(self, state: dict) -> None:
+        """Inverse of `state`."""
+        self._settled = state["settled"]
+        self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
+        if state["frozen"] is not None:
+            self.frozen = {
+                name: self.choice({axis: tuple(picks) for axis, picks in selection.items()})
+                for name, selection in state["frozen"].items()
+            }
+            self.router.requires_grad_(False)
+
+    def choice(self, selection: Selection) -> Choice:
+        """The member of a selection."""
+        architecture = self.space.architecture(selection, self.drop_order)
+        return Choice(selection, architecture, parameters(self.space.shape, architecture))
+
+
+def _detached(value: Tensor | float) -> Tensor | float:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def sizes(choice: Choice) -> dict[str, float]:
+    """Sizes of a member for logs and tables; means over the kept layers where they differ."""
+    architecture = choice.architecture
+    figures: dict[str, float] = {
+        "params": choice.params,
+        "hidden": architecture.hidden_size,
+        "depth": len(architecture.layers),
+    }
+    names = {
+        "ffn": ("mlp", "intermediate_size"),
+        "mamba_heads": ("mamba", "num_heads"),
+        "mamba_head_dim": ("mamba", "head_dim"),
+        "attention_heads": ("attention", "num_heads"),
+    }
+    for axis, (kind, field) in names.items():
+        values = [getattr(layer, field) for layer in architecture.layers if layer.kind == kind]
+        if values:
+            figures[axis] = sum(values) / len(values)
+    return figures
+
+
+def describe(choices: Mapping[str, Choice]) -> str:
+    """Table of a family, one line per budget."""
+    header = "budget     params           hidden    ffn  mamba heads x dim  attn heads  layers"
+    rows = []
+    for name, choice in choices.items():
+        figure = sizes(choice)
+        heads = f"{figure.get('mamba_heads', 0):g} x {figure.get('mamba_head_dim', 0):g}"
+        rows.append(
+            f"{name:<10} {choice.params:>14,} {figure['hidden']:>8g} {figure.get('ffn', 0):>6g} "
+            f"{heads:>18} {figure.get('attention_heads', 0):>11g} "
+            f" {choice.architecture.pattern}"
+        )
+    return "\n".join([header, *rows])

@@ -1,0 +1,237 @@
+"""Budget -> distribution over the choices of every axis (arXiv 2511.16664, section 3.3).
+
+One small network per axis reads the one-hot budget. Its logits, scaled and with Gumbel noise, give
+a softmax whose temperature falls while training goes on. Nothing here is random by itself: the
+noise comes from a generator that the caller seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from elastic.config import OptimConfig, RouterConfig
+from elastic.members.architecture import Space
+from elastic.members.cost import LayerSize, total_parameters
+from elastic.routing.masks import Distributions, constant, layer_gates
+
+LEAK = 0.1
+"""Slope of the leaky ReLU."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Gumbel-softmax temperature and factor on the logits at one moment."""
+
+    temperature: float
+    scale: float
+
+
+def schedule(config: RouterConfig, progress: float) -> Schedule:
+    """Temperature falls geometrically, scale grows linearly; `progress` 0..1 is the way to the
+    freeze."""
+    progress = min(max(progress, 0.0), 1.0)
+    ratio = config.temperature_end / config.temperature_start
+    scale = config.scale_start + (config.scale_end - config.scale_start) * progress
+    return Schedule(config.temperature_start * ratio**progress, scale)
+
+
+class Router(nn.Module):
+    """One two-layer network per elastic axis, from the one-hot budget to logits."""
+
+    def __init__(
+        self, space: Space, budgets: int, config: RouterConfig, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.space, self.budgets = space, budgets
+        self.axes = nn.ModuleDict()
+        for axis in space.elastic_axes:
+            outputs = space.decisions(axis) * len(space.choices[axis])
+            first, second = (
+                nn.Linear(budgets, config.hidden_units),
+                nn.Linear(config.hidden_units, outputs),
+            )
+            with torch.no_grad():
+                for layer in (first, second):
+                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 0.1)
+                    layer.bias.zero_()
+                second.bias.view(space.decisions(axis), -1)[:, 0] = config.full_bias
+            self.axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+
+    def forward(self, budget: Tensor) -> dict[str, Tensor]:
+        """One-hot (or mixed) budgets (b, budgets) -> axis -> logits (b, decisions, choices)."""
+        return {
+            axis: network(budget).unflatten(-1, (self.space.decisions(axis), -1))
+            for axis, network in self.axes.items()
+        }
+
+    def one_hot(self, budget: int) -> Tensor:
+        """(1, budgets)."""
+        row = next(self.parameters(), torch.zeros(())).new_zeros(1, self.budgets)
+        row[:, budget] = 1.0  # a fill, where a tensor of the index would wait for the device
+        return row
+
+    @torch.no_grad()
+    def log_probabilities(self, budget: int, scale: float) -> dict[str, np.ndarray]:
+        """Noise-free log-probabilities per axis, (decisions, choices), for the decision."""
+        logits = self(self.one_hot(budget))
+        return {
+            axis: torch.log_softmax(scale * values[0].double(), dim=-1).cpu().numpy()
+            for axis, values in logits.items()
+        }
+
+
+class RouterOptimizer:
+    """AdamW on the routers, in float32 and alike on every process, whatever the strategy.
+
+    They are a few thousand weights: outside the strategy nothing partitions or rounds them, and
+    their steep gradients are clipped apart from the model's, which they must not shrink.
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, router: Router, config: OptimConfig) -> None:
+        self.weights, self.clip = dict(router.named_parameters()), config.gradient_clip
+        betas = (config.beta1, config.beta2)
+        group = {"params": list(self.weights.values())}
+        self.adam = torch.optim.AdamW(
+            [group], betas=betas, eps=config.eps, weight_decay=0.0, fused=True
+        )
+
+    def step(self, rate: float) -> bool:
+        """Step by the mean gradient of all processes; False if it is not finite: nothing moves."""
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        if not gradients:  # frozen, or nothing to choose
+            return True
+        if dist.is_initialized():
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            sizes = [gradient.numel() for gradient in gradients]
+            for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        finite = bool(clip_grad_norm_(self.weights.values(), self.clip).isfinite())
+        if finite:
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+        self.forget()
+        return finite
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, moments and steps by name, for a checkpoint."""
+        tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            for key in ("step", *self.MOMENTS):
+                if weight in self.adam.state:
+                    tensors[f"{key}.{name}"] = self.adam.state[weight][key]
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        for name, weight in self.weights.items():
+            weight.copy_(tensors[f"weight.{name}"])
+            if f"step.{name}" in tensors:
+                self.adam.state[weight] = {
+                    key: tensors[f"{key}.{name}"].to(weight.device).clone()
+                    for key in ("step", *self.MOMENTS)
+                }
+
+
+def sample(
+    logits: Mapping[str, Tensor],
+    now: Schedule,
+    generator: torch.Generator,
+    hard_probability: float = 0.0,
+) -> dict[str, Tensor]:
+    """Gumbel-softmax of every axis; with `hard_probability` all axes are drawn hard instead.
+
+    A hard draw is one-hot forward and has the soft gradient (straight-through). The noise is drawn
+    on the CPU, so that every device and rank gets the same.
+    """
+    hard = bool(torch.rand((), generator=generator) < hard_probability)
+    drawn = {}
+    for axis, gumbel in _gumbel(logits, generator).items():
+        values = logits[axis]
+        soft = torch.softmax((now.scale * values + gumbel) / now.temperature, dim=-1)
+        if hard:
+            one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+            soft = one_hot + soft - soft.detach()
+        drawn[axis] = soft
+    return drawn
+
+
+def _gumbel(logits: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Gumbel noise for every axis, in one copy to the device that waits for nothing."""
+    if not logits:
+        return {}
+    noise = []
+    for values in logits.values():
+        uniform = torch.rand(values.shape, generator=generator).clamp(1e-9, 1 - 1e-7)
+        noise.append(-torch.log(-torch.log(uniform)).flatten())
+    flat, like = torch.cat(noise), next(iter(logits.values()))
+    if like.is_cuda:
+        flat = flat.pin_memory()
+    parts = flat.to(like.device, non_blocking=True).to(like.dtype).split([n.numel() for n in noise])
+    return {
+        axis: part.view_as(values)
+        for (axis, values), part in zip(logits.items(), parts, strict=True)
+    }
+
+
+def expected_parameters(
+    space: Space, drop_order: Sequence[int], distributions: Distributions
+) -> Tensor:
+    """Expected parameter count under independent choices: (b,), differentiable.
+
+    The cost is linear in every axis on its own, so that this is the cost of the expected sizes.
+    """
+
+    def expected(axis: str) -> Tensor | list[list[float]]:
+        if axis not in distributions:
+            return [[float(space.choices[axis][0])]]
+        choices = tuple(space.choices[axis])
+        return distributions[axis] @ constant(torch.tensor, (choices,), distributions[axis])
+
+    sizes = {axis: expected(axis) for axis in space.choices if axis != "depth"}
+
+    def at(axis: str, layer: int) -> Tensor | float:
+        position = space.layers_of(axis).index(layer) if axis in space.heterogeneous else 0
+        value = sizes[axis]
+        return value[:, position] if isinstance(value, Tensor) else value[0][0]
+
+    gates = None
+    if "depth" in distributions:
+        gates = layer_gates(distributions["depth"], space, drop_order)
+    widths = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
+    layers = [
+        LayerSize(
+            kind,
+            width=at(widths[kind], index),
+            channels=at("mamba_head_dim", index) if kind == "mamba" else 1,
+            gate=1.0 if gates is None else gates[:, index],
+        )
+        for index, kind in enumerate(space.shape.kinds)
+    ]
+    hidden = sizes["hidden"]
+    width = hidden[:, 0] if isinstance(hidden, Tensor) else hidden[0][0]
+    return torch.as_tensor(total_parameters(space.shape, width, layers))
+
+
+def entropy(distributions: Distributions) -> Tensor:
+    """Mean entropy of all decisions, as a share of its maximum: 1 undecided, 0 decided."""
+    parts = [
+        (-(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])).flatten()
+        for p in distributions.values()
+    ]
+    return torch.cat(parts).mean() if parts else torch.zeros(())

@@ -1,0 +1,338 @@
+"""Read parts of the tensors of a safetensors checkpoint, and no byte more than they need."""
+
+import json
+import logging
+import math
+import os
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elastic.members.cut import Cut, Ranges, size_of
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+
+BLOCK_BYTES = 8 << 20
+"""Size of the row blocks in which data moves: memory of more than 32 MiB is new from the system
+every time, which costs more than reading it."""
+
+GAP_BYTES = 256
+"""Gaps between kept columns up to this size are read too: cheaper than another system call."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""Stored types that can be read, by their name in safetensors."""
+
+SKIPPED = re.compile(r"mtp\.")
+"""Tensors that are left behind: layers for multi-token prediction, which the model does not use."""
+
+
+class _File:
+    """An open shard; closed with the last tensor of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from that place of the file.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        while len(buffer):
+            count = os.preadv(self.descriptor, [buffer], offset)
+            if count == 0:
+                raise ValueError(f"{self.path}: shard is truncated")
+            buffer, offset = buffer[count:], offset + count
+
+    def forget(self, offset: int, size: int) -> None:
+        """Let the system drop its copy of a part that was read.
+
+        Whoever streams a checkpoint once has no use for it, and fresh memory for all of it costs
+        more than using a little of it again and again.
+        """
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Let the system read a part from the disk in its order, whatever ours will be."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk; nothing of it is in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: _File
+    offset: int
+    """Byte of the file at which it begins."""
+
+    def blocks(
+        self, cut: Cut | None = None, block_bytes: int = BLOCK_BYTES, once: bool = False
+    ) -> Iterator[Tensor]:
+        """The kept part in blocks of consecutive rows, each in memory of its own.
+
+        Row ranges may come in any order, so that a permutation of rows is a cut too; the column
+        ranges (of the second dimension) ascend. A block has at most `block_bytes`, or one row. With
+        `once`, for rows that ascend, nothing of it stays in the system's cache.
+        """
+        rows, columns = (None, None) if cut is None else (*cut, None)[:2]
+        assert cut is None or not any(ranges for ranges in cut[2:]), "only rows and columns are cut"
+        height, *rest = self.shape
+        inner = math.prod(rest[1:])
+        width, item = (rest[0] if rest else 1), self.dtype.itemsize * inner
+        kept = size_of(columns, width)
+        spans = _merged(((0, width),) if columns is None else columns, GAP_BYTES // item)
+        most = max(1, block_bytes // max(1, kept * item))
+        for group in _grouped(((0, height),) if rows is None else rows, most):
+            count = sum(stop - start for start, stop in group)
+            read = self._rows(group, count, spans, width * item, item)  # (rows, spans)
+            if once:
+                first, last = group[0][0], group[-1][1]
+                self.file.forget(self.offset + first * width * item, (last - first) * width * item)
+            values = read.view(self.dtype).view(count, -1, inner)  # (rows, columns, inner)
+            if columns is not None:
+                values = _picked(values, spans, columns)
+            yield values.reshape(count, kept, *rest[1:]) if rest else values.reshape(count)
+
+    def prefetch(self) -> None:
+        """For who reads rows in any order."""
+        self.file.prefetch(self.offset, math.prod(self.shape) * self.dtype.itemsize)
+
+    def forget(self) -> None:
+        """For who has read all of it, and will not again."""
+        self.file.forget(self.offset, math.prod(self.shape) * self.dtype.itemsize)
+
+    def read(self, cut: Cut | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The kept part whole, in memory of its own."""
+        sizes = [size_of(r, n) for r, n in zip(cut or [None] * len(self.shape), self.shape)]  # noqa: B905
+        return assembled(self.blocks(cut), torch.empty(sizes, dtype=dtype or self.dtype))
+
+    def _rows(
+        self, group: list[tuple[int, int]], count: int, spans: Ranges, row: int, item: int
+    ) -> Tensor:
+        """The bytes of these spans of these rows: (rows, bytes)."""
+        width = sum(stop - start for start, stop in spans) * item
+        out = torch.empty((count, width), dtype=torch.uint8)
+        buffer = out.numpy().data.cast("B")
+        at = 0
+        for start, stop in group:
+            if width == row:
+                size = (stop - start) * row
+                self.file.read_into(buffer[at : at + size], self.offset + start * row)
+                at += size
+                continue
+            for index in range(start, stop):
+                for left, right in spans:
+                    size = (right - left) * item
+                    place = self.offset + index * row + left * item
+                    self.file.read_into(buffer[at : at + size], place)
+                    at += size
+        return out
+
+
+def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:
+    """`out`, filled with these row blocks from its first row to its last."""
+    at = 0
+    for block in blocks:
+        out[at : at + len(block)] = block
+        at += len(block)
+    assert at == len(out), (at, tuple(out.shape))
+    return out
+
+
+def _merged(ranges: Ranges, gap: int) -> Ranges:
+    """Ascending ranges, joined where no more than `gap` lies between two."""
+    merged = [ranges[0]]
+    for start, stop in ranges[1:]:
+        if start - merged[-1][1] <= gap:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _picked(values: Tensor, spans: Ranges, columns: Ranges) -> Tensor:
+    """Of columns read in `spans` those in `columns`: the gaps that were read too fall away."""
+    if spans == columns:
+        return values
+    parts, at = [], 0
+    remaining = list(columns)
+    for left, right in spans:
+        while remaining and remaining[0][1] <= right:
+            start, stop = remaining.pop(0)
+            parts.append(values[:, at + start - left : at + stop - left])
+        at += right - left
+    return torch.cat(parts, dim=1)
+
+
+def _grouped(ranges: Ranges, most: int) -> Iterator[list[tuple[int, int]]]:
+    """The same ranges in groups of at most `most` rows."""
+    group: list[tuple[int, int]] = []
+    left = most
+    for begin, stop in ranges:
+        start = begin
+        while start < stop:
+            end = min(stop, start + left)
+            group.append((start, end))
+            left -= end - start
+            start = end
+            if left == 0:
+                yield group
+                group, left = [], most
+    if group:
+        yield group
+
+
+class TensorStore(Mapping[str, StoredTensor]):
+    """The tensors of a checkpoint directory; headers are read and checked, nothing else.
+
+    Args:
+        expected: name -> shape of every tensor that must be there.
+
+    Raises:
+        ValueError: a shard is missing, damaged or disagrees with the index, or a tensor is absent,
+            unknown, of another shape than config.json says or of a type that cannot be read.
+    """
+
+    def __init__(self, directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
+        self.directory = directory
+        self._tensors: dict[str, StoredTensor] = {}
+        for path in _shards(directory):
+            self._tensors.update(_tensors_of(path))
+        _check_index(directory, self._tensors)
+        skipped = sorted(name for name in self._tensors if SKIPPED.match(name))
+        if skipped:
+            log.info(
+                "%s: %d tensors of multi-token prediction are left out (%s, ...)",
+                directory,
+                len(skipped),
+                skipped[0],
+            )
+        for name in skipped:
+            del self._tensors[name]
+        self.head_stored = "lm_head.weight" in self._tensors
+        if not self.head_stored and "lm_head.weight" in expected:
+            # Checkpoints with a tied head may store the embedding alone.
+            if "backbone.embeddings.weight" in self._tensors:
+                self._tensors["lm_head.weight"] = self._tensors["backbone.embeddings.weight"]
+        for name, shape in expected.items():
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                raise ValueError(f"{directory}: tensor {name} is missing from the shards")
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{directory}: tensor {name} has shape {tensor.shape}, config.json asks for "
+                    f"{shape}"
+                )
+        unknown = sorted(set(self._tensors) - set(expected))
+        if unknown:
+            raise ValueError(f"{directory}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor -> file as the index says; None where there is no index."""
+    index = directory / INDEX
+    if not index.is_file():
+        return None
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged ({error!r})") from error
+
+
+def _shards(directory: Path) -> list[Path]:
+    """Files that hold the model's weights."""
+    weight_map = _weight_map(directory)
+    if weight_map is None:
+        files = [path for path in sorted(directory.glob("*.safetensors"))]
+        files = [path for path in files if path.name != "router.safetensors"]
+    else:
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    if not files:
+        raise ValueError(f"{directory}: no model weights (*.safetensors) found")
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{path}: shard is missing, though {INDEX} names it")
+    return files
+
+
+def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+    """What a shard holds, by its header."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # it checks that header and size agree
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: shard is truncated or damaged ({error})") from error
+    header.pop("__metadata__", None)
+    opened = _File(path)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{path}: tensor {name} is stored as {entry['dtype']}; must be one of "
+                + ", ".join(DTYPES)
+            )
+        tensors[name] = StoredTensor(
+            name,
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            opened,
+            8 + length + entry["data_offsets"][0],
+        )
+    return tensors
+
+
+def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Raise `ValueError` unless the index and the shards say the same."""
+    weight_map = _weight_map(directory)
+    if weight_map is None:
+        return
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{directory / file}: has no tensor {name}, though {INDEX} puts it there"
+            )
+        found = tensors[name].file.path.name
+        if found != file:
+            raise ValueError(
+                f"{directory / INDEX}: puts tensor {name} into {file}, but it is in {found}"
+            )
+    absent = sorted(set(tensors) - set(weight_map))
+    if absent:
+        raise ValueError(
+            f"{directory / INDEX}: has no entry for tensor {absent[0]} of "
+            f"{tensors[absent[0]].file.path.name} ({len(absent)} in all)"
+        )

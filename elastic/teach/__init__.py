@@ -1,1 +1,0 @@
-"""Writing a store of what the teacher says: `python -m elastic.teach`."""

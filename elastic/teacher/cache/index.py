@@ -1,0 +1,247 @@
+"""What a store of a teacher's words holds, so that no run reads one that is not its own."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elastic.config import ConfigError, RunConfig
+from elastic.data import PreparedData, TextDataModule
+from elastic.data.datamodule import permutation
+from elastic.routing.curriculum import Stage
+from elastic.storage.files import digest, write_json
+
+FORMAT_VERSION = 1
+INDEX = "store.json"
+SAMPLES = 64
+"""Pieces of a large file, or windows of a text, that stand for the whole of it."""
+PIECE, SMALL_FILE = 4096, 1 << 24
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class StageContents:
+    """The text of one stage."""
+
+    sequence_length: int
+    windows: int
+    """Different sequences of the training text."""
+    train: int
+    """Of these, the first so many in the order of their first use."""
+    validation: int
+    """Rows of the validation text."""
+    order: str
+    """Hash of all that the order depends on, of the order, and of samples of the text."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Teacher, cut, text and stages of a store."""
+
+    teacher: str
+    """Hash of the teacher's checkpoint: see `checkpoint_fingerprint`."""
+    top_k: int
+    temperature: float
+    vocabulary: int
+    seed: int
+    text: str
+    """`PreparedData.fingerprint`."""
+    tokenizer: str
+    separate_documents: bool
+    stages: dict[str, StageContents]
+
+
+_WAYS = {
+    "teacher": ("the teacher", "use the parent that the store was written for"),
+    "top_k": ("objective.top_k", "set that"),
+    "temperature": ("objective.temperature", "set that"),
+    "vocabulary": ("the parent's vocabulary", "use the parent that the store was written for"),
+    "tokenizer": ("data.tokenizer", "set that"),
+    "separate_documents": ("data.separate_documents", "set that"),
+    "text": ("the text", "restore data.*, its files, or the versions of its libraries"),
+    "seed": ("seed", "set that"),
+}
+"""Field -> what a user calls it, and what to do; in the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """`store.json`: contents, and how the files hold them."""
+
+    contents: Contents
+    shard_sequences: int
+    log_probs: str
+
+    def key(self, stage: str) -> str:
+        """What every file of a stage carries, so that no foreign one is taken for it."""
+        contents = asdict(self.contents)
+        order = contents.pop("stages")[stage]["order"]
+        return digest([FORMAT_VERSION, contents, order, self.shard_sequences, self.log_probs])
+
+    def write(self, directory: Path, worker: int) -> None:
+        """Write atomically, though another worker, even one of the same process id on another
+        machine, does so too."""
+        mine = directory / f".{INDEX}.{worker}"
+        write_json(mine, {"format_version": FORMAT_VERSION, **asdict(self)})
+        os.replace(mine, directory / INDEX)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Index":
+        """Raises ConfigError when there is none, or none that can be read."""
+        path = directory / INDEX
+        if not path.is_file():
+            raise ConfigError(
+                f"objective.store={directory}: {INDEX} is not there; must be a directory that "
+                "python -m elastic.teacher has written, with the settings of this run"
+            )
+        try:
+            value = json.loads(path.read_bytes())
+            version = value.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ConfigError(
+                    f"objective.store={directory}: format_version={version}, this version reads "
+                    f"{FORMAT_VERSION}; write another store with python -m elastic.teacher"
+                )
+            contents = value.pop("contents")
+            stages = {n: StageContents(**stage) for n, stage in contents.pop("stages").items()}
+            return cls(Contents(**contents, stages=stages), **value)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"objective.store={directory}: {INDEX} is damaged ({error!r}); restore it, or "
+                "write another store with python -m elastic.teacher"
+            ) from error
+
+    def require_same(self, directory: Path, wanted: Contents) -> None:
+        """Raise ConfigError unless every stage is of the same teacher, cut, text and order.
+
+        How much of a stage is there is another matter.
+        """
+        for field, (name, way) in _WAYS.items():
+            stored, mine = getattr(self.contents, field), getattr(wanted, field)
+            if stored != mine:
+                raise ConfigError(
+                    f"objective.store={directory}: {name} is {mine} here and {stored} in the "
+                    f"store; {way}, or write another store with python -m elastic.teacher"
+                )
+        for name, stage in wanted.stages.items():
+            stored_stage = self.contents.stages.get(name)
+            if stored_stage is None:
+                continue
+            for field, setting in (
+                ("sequence_length", f"curriculum.stages.{name}.sequence_length"),
+                ("validation", "data.validation_sequences, as far as the text allows,"),
+                ("order", f"the order of the text in stage {name}"),
+            ):
+                stored, mine = getattr(stored_stage, field), getattr(stage, field)
+                if stored != mine:
+                    raise ConfigError(
+                        f"objective.store={directory}: {setting} is {mine} here and {stored} in "
+                        "the store; set that, or write another store with python -m elastic.teacher"
+                    )
+
+    def require_covers(self, directory: Path, wanted: Contents) -> None:
+        """Raise ConfigError unless every sequence of every stage has a place."""
+        for name, stage in wanted.stages.items():
+            stored = self.contents.stages.get(name)
+            there = 0 if stored is None else stored.train
+            if there < stage.train:
+                raise ConfigError(
+                    f"objective.store={directory}: has {there} sequences of length "
+                    f"{stage.sequence_length} for stage {name}, this run reads {stage.train}; "
+                    "run python -m elastic.teacher again with the settings of this run"
+                )
+
+
+def contents_of(
+    config: RunConfig, stages: Iterable[Stage], data: PreparedData, teacher: Path, vocabulary: int
+) -> Contents:
+    """What the store of a run must hold; `teacher` is the checkpoint of the unsorted parent.
+
+    Stages of mode pretrain have no teacher and are left out.
+    """
+    assert config.objective.top_k is not None
+    elastic = [stage for stage in stages if stage.config.mode == "elastic"]
+    return Contents(
+        teacher=checkpoint_fingerprint(teacher),
+        top_k=config.objective.top_k,
+        temperature=config.objective.temperature,
+        vocabulary=vocabulary,
+        seed=config.seed,
+        text=data.fingerprint,
+        tokenizer=config.data.tokenizer,
+        separate_documents=config.data.separate_documents,
+        stages={stage.name: _stage_contents(config, stage, data) for stage in elastic},
+    )
+
+
+def text_of(config: RunConfig, stage: Stage, data: PreparedData) -> TextDataModule:
+    """The windows of a stage: `stream.sequences` by number, `validation` by row."""
+    return TextDataModule(
+        data.train,
+        data.validation,
+        sequence_length=stage.config.sequence_length,
+        batch_sequences=1,
+        validation_sequences=config.data.validation_sequences,
+        validation_batch=1,
+        seed=config.seed,
+        stage_name=stage.name,
+    )
+
+
+def _stage_contents(config: RunConfig, stage: Stage, data: PreparedData) -> StageContents:
+    text = text_of(config, stage, data)
+    train, held_out = text.stream.sequences, text.validation
+    windows, rows = len(train), len(held_out)
+    order = permutation(config.seed, stage.name, 0, windows)
+    known = [config.seed, stage.name, stage.config.sequence_length, data.fingerprint]
+    known += [config.data.tokenizer, config.data.separate_documents, windows]
+    total = hashlib.sha256(json.dumps(known).encode())
+    total.update(order.numpy().tobytes())
+    for number in _spread(windows):
+        total.update(window_bytes(train[int(order[number])]))
+    for number in _spread(rows):
+        total.update(window_bytes(held_out[number]))
+    return StageContents(
+        sequence_length=stage.config.sequence_length,
+        windows=windows,
+        train=min(stage.tokens // stage.config.sequence_length, windows),
+        validation=rows,
+        order=total.hexdigest()[:16],
+    )
+
+
+def window_bytes(window: Tensor) -> bytes:
+    """A window (t + 1,) as bytes, the same on every machine."""
+    return window.to(torch.int64).cpu().numpy().astype("<i8").tobytes()
+
+
+def _spread(count: int) -> list[int]:
+    """Numbers below `count`, evenly, both ends included; at most `SAMPLES`."""
+    many = min(count, SAMPLES)
+    return sorted({i * (count - 1) // max(many - 1, 1) for i in range(many)})
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """Hash of a checkpoint: config.json and, of every file of weights, its name, size and contents;
+    of a large one the header and samples all over, since training moves every weight."""
+    total = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            if size <= SMALL_FILE:
+                total.update(file.read())
+                continue
+            header = int.from_bytes(file.read(8), "little")
+            total.update(file.read(min(header, SMALL_FILE)))
+            for place in _spread(size - PIECE + 1):
+                file.seek(place)
+                total.update(file.read(PIECE))
+    return total.hexdigest()[:16]

@@ -1,0 +1,223 @@
+"""What the teacher says about a run's text, written to a store: resumable, by any number of
+workers."""
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from elastic.config import ConfigError, TeachConfig
+from elastic.data import PreparedData, check_vocabulary, prepare_data
+from elastic.losses import check_objective
+from elastic.parent.ssd import resolve_kernels
+from elastic.parent.stock import read_config, read_shape
+from elastic.parent.weights import load_parent, locate
+from elastic.routing.curriculum import Stage, plan
+from elastic.teacher import LiveTeacher, contents_of
+from elastic.teacher.base import SPLITS
+from elastic.teacher.cache.compute import Speaker, Windows
+from elastic.teacher.cache.index import INDEX, Contents, Index, text_of
+from elastic.teacher.cache.shards import Shelf
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to write."""
+
+    shelf: Shelf
+    number: int
+
+    @property
+    def bytes(self) -> int:
+        return self.shelf.bytes(self.number)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.shelf.rows(self.number)) * self.shelf.sequence_length
+
+
+def write_store(config: TeachConfig) -> None:
+    """Write what this worker has to and is not there yet.
+
+    Raises:
+        ConfigError: there is no teacher yet, the store is of another run, or does not fit the disk.
+    """
+    source = teacher_directory(config)
+    shape = read_shape(read_config(source))
+    check_objective(config.objective, shape.vocab_size)
+    device = _device(config)
+    kernels = resolve_kernels(config.parent.kernels, device)
+    data = _text(config)
+    check_vocabulary(data.tokenizer, shape.vocab_size)
+    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    contents = contents_of(config, stages, data, source, shape.vocab_size)
+    directory = Path(config.objective.store or "")
+    index = index_for(directory, config, contents)
+    tasks = _tasks(directory, index, list(contents.stages))
+    missing = [task.shelf.fault(task.number) is not None for task in tasks]
+    needed = sum(task.bytes for task, absent in zip(tasks, missing, strict=True) if absent)
+    _require_space(directory, needed)
+    _publish(directory, index, config.teach.worker)
+    worker = slice(config.teach.worker, None, config.teach.workers)
+    mine = [task for task, absent in zip(tasks[worker], missing[worker], strict=True) if absent]
+    _describe(config, contents, source)
+    log.info(
+        "%d of %d files are missing, %s bytes; worker %d of %d writes %d files",
+        sum(missing), len(tasks), f"{needed:,}", config.teach.worker, config.teach.workers,
+        len(mine),
+    )  # fmt: skip
+    if mine:
+        start = data.tokenizer.eos_token_id if config.data.separate_documents else None
+        teacher = LiveTeacher(load_parent(source, kernels), config.trainer.precision, start)
+        _write(config, {s.name: s for s in stages}, data, teacher, device, mine)
+    left = sum(task.shelf.fault(task.number) is not None for task in tasks)
+    log.info("%s", f"{left} files left to other workers" if left else "the store is complete")
+
+
+def teacher_directory(config: TeachConfig) -> Path:
+    """Where the unsorted parent of a run is, trained if it has pretrain stages."""
+    if any(stage.mode == "pretrain" for stage in config.curriculum.stages.values()):
+        trained = Path(config.run_dir) / "parent"
+        if not trained.is_dir():
+            raise ConfigError(
+                f"run_dir={config.run_dir}: there is no trained parent in it; run train.py with "
+                "these settings first, which stops after its pretrain stages, or use a curriculum "
+                "without them and set parent.path"
+            )
+        return trained
+    assert config.parent.path is not None  # a random parent has a pretrain stage
+    return locate(config.parent.path)
+
+
+def index_for(directory: Path, config: TeachConfig, contents: Contents) -> Index:
+    """What the index of a store must say so that it covers this run too; nothing is written.
+
+    Raises ConfigError when the store is of another run, or written in another way.
+    """
+    settings = config.teach
+    index = Index(contents, settings.shard_sequences, settings.log_probs)
+    if (directory / INDEX).is_file():
+        stored = Index.read(directory)
+        stored.require_same(directory, contents)
+        for name in ("shard_sequences", "log_probs"):
+            there, wanted = getattr(stored, name), getattr(settings, name)
+            if there != wanted:
+                raise ConfigError(
+                    f"teach.{name}={wanted}: objective.store={directory} was begun with {there}; "
+                    "must be that, or set another objective.store"
+                )
+        return replace(index, contents=_both(stored.contents, contents))
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    if not all(name.startswith(".") for name in names):  # a worker may be about to write the index
+        raise ConfigError(
+            f"objective.store={directory}: not empty, and not a store; choose another directory"
+        )
+    return index
+
+
+def _publish(directory: Path, index: Index, worker: int) -> None:
+    """Write the index where it is not there yet; workers may do so at the same moment."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / INDEX).is_file() and Index.read(directory) == index:
+        return
+    index.write(directory, worker)
+    if Index.read(directory) != index:
+        raise ConfigError(
+            f"objective.store={directory}: another worker has begun it with other settings; "
+            "start all workers with the same"
+        )
+
+
+def _both(stored: Contents, wanted: Contents) -> Contents:
+    """Contents that cover two runs of the same order."""
+    stages = dict(stored.stages)
+    for name, stage in wanted.stages.items():
+        there = stages.get(name, stage)
+        stages[name] = replace(stage, train=max(stage.train, there.train))
+    return replace(wanted, stages=stages)
+
+
+def _device(config: TeachConfig) -> torch.device:
+    """A GPU of this machine, by the worker's number, unless the settings say cpu."""
+    wanted = config.trainer.accelerator
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
+    return torch.device("cuda", config.teach.worker % torch.cuda.device_count())
+
+
+def _text(config: TeachConfig) -> PreparedData:
+    source = None if config.parent.path is None else str(locate(config.parent.path))
+    return prepare_data(config.data, Path(config.run_dir) / "data", source)
+
+
+def _tasks(directory: Path, index: Index, stages: list[str]) -> list[Task]:
+    """All files of some stages; validation first, which is small and soon worth looking at."""
+    shelves = [
+        Shelf.of(directory, index, stage, split) for split in reversed(SPLITS) for stage in stages
+    ]
+    return [Task(shelf, number) for shelf in shelves for number in range(shelf.count())]
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    """Raise ConfigError when the disk cannot take so many bytes, those of all workers."""
+    disk = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise ConfigError(
+            f"objective.store={directory}: {needed:,} bytes are to be written and {free:,} are "
+            "free; must be on a larger disk, or lower objective.top_k or the stages' tokens"
+        )
+
+
+def _describe(config: TeachConfig, contents: Contents, source: Path) -> None:
+    log.info(
+        "teacher %s: top %d of %d tokens at temperature %g, in %s, to %s",
+        source, contents.top_k, contents.vocabulary, contents.temperature,
+        config.teach.log_probs, config.objective.store,
+    )  # fmt: skip
+    for name, stage in contents.stages.items():
+        log.info(
+            "stage %s: %d of %d different sequences of %d tokens, and %d for validation",
+            name, stage.train, stage.windows, stage.sequence_length, stage.validation,
+        )  # fmt: skip
+
+
+def _write(
+    config: TeachConfig,
+    stages: dict[str, Stage],
+    data: PreparedData,
+    teacher: LiveTeacher,
+    device: torch.device,
+    tasks: list[Task],
+) -> None:
+    """Write files, one after the other."""
+    names = {task.shelf.stage for task in tasks}
+    texts = {name: Windows(text_of(config, stages[name], data)) for name in names}
+    speaker = Speaker(teacher, device, config.objective, config.teach.batch_tokens)
+    with tqdm(
+        desc="teach",
+        total=sum(task.tokens for task in tasks),
+        unit="tok",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+    ) as bar:
+        for task in tasks:
+            shelf, text = task.shelf, texts[task.shelf.stage]
+            _clear(shelf.path(task.number))
+            slots = shelf.rows(task.number)
+            shelf.write(task.number, speaker.rows(shelf, slots, text, bar.update))
+
+
+def _clear(path: Path) -> None:
+    """Take away what a killed worker left half-written under this name."""
+    for left in path.parent.glob(f".{path.name}.tmp-*"):
+        left.unlink(missing_ok=True)

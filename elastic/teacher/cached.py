@@ -1,0 +1,143 @@
+"""A teacher that has spoken before: what it said about a run's text, read from disk."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elastic.config import ConfigError
+from elastic.data.datamodule import permutation
+from elastic.losses import TopK
+from elastic.teacher.base import SPLITS, Teacher
+from elastic.teacher.cache.index import Contents, Index, window_bytes
+from elastic.teacher.cache.shards import Rows, Shelf
+
+log = logging.getLogger(__name__)
+
+OPEN_FILES = 16
+
+
+class StoredTeacher(Teacher):
+    """Reads what `python -m elastic.teacher` wrote.
+
+    Every distinct sequence is there once, in the order of its first use: in the first epoch the
+    place of a sequence is its position, later ones look it up.
+
+    Args:
+        wanted: what this run reads.
+        thorough: look at every file now. On many processes one of them is enough; each verifies
+            what it reads.
+
+    Raises:
+        ConfigError: the store is of another run, is not complete, or a file is damaged.
+    """
+
+    def __init__(self, directory: Path, wanted: Contents, thorough: bool) -> None:
+        index = Index.read(directory)
+        index.require_same(directory, wanted)
+        index.require_covers(directory, wanted)
+        self.wanted = wanted
+        self.shelves = {
+            (stage, split): Shelf.of(directory, index, stage, split)
+            for stage in wanted.stages
+            for split in SPLITS
+        }
+        self.device, self.stage = torch.device("cpu"), ""
+        self._maps: dict[tuple[str, str, int], Rows] = {}
+        if thorough:
+            self._require_complete(directory)
+            log.info(
+                "teacher: stored in %s, top %d tokens in %s", directory, wanted.top_k,
+                index.log_probs,
+            )  # fmt: skip
+
+    def start(self, device: torch.device, stage: str) -> None:
+        self.device, self.stage = device, stage
+        self._epoch, self._order, self._place = -1, torch.empty(0), torch.empty(0)
+        self._unseen = set(SPLITS)
+        self._maps.clear()
+
+    def teach(self, batch: Tensor, split: str, first: int) -> TopK:
+        rows = self._read(split, first, len(batch))
+        if split in self._unseen:  # once a stage: to look at a batch is to wait for the device
+            self._unseen.remove(split)
+            for window, text in zip(batch, rows["text"], strict=True):
+                assert text_digest(window) == text.tobytes(), "not the text of this place"
+        indices, log_probs = (
+            torch.from_numpy(values).flatten(0, 1).to(self.device)
+            for values in (rows["indices"].astype(np.int64), rows["log_probs"])
+        )
+        return TopK(indices, log_probs)
+
+    def cross_entropy(self, split: str, first: int, rows: int) -> float:
+        """Loss of the teacher itself on the text of some rows, at temperature 1, in nats per
+        token."""
+        return -float(self._read(split, first, rows)["text_log_probs"].mean(dtype=np.float64))
+
+    def _read(self, split: str, first: int, count: int) -> Rows:
+        """Verified copies of `count` sequences from place `first` of a split's order on."""
+        shelf = self.shelves[self.stage, split]
+        parts: list[Rows] = []
+        for slot in self._slots(split, first, count):
+            number, row = divmod(slot, shelf.shard_sequences)
+            arrays = self._open(shelf, number)
+            shelf.verify(arrays, number, row)
+            parts.append({name: array[row] for name, array in arrays.items()})
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def _open(self, shelf: Shelf, number: int) -> Rows:
+        place = (shelf.stage, shelf.split, number)
+        if place not in self._maps:
+            if len(self._maps) >= OPEN_FILES:
+                del self._maps[next(iter(self._maps))]
+            self._maps[place] = shelf.open(number)
+        return self._maps[place]
+
+    def _slots(self, split: str, first: int, count: int) -> list[int]:
+        """Where the sequences of some places of a split's order are in the store."""
+        if split == "validation":
+            return list(range(first, first + count))
+        windows, slots = self.wanted.stages[self.stage].windows, []
+        for position in range(first, first + count):
+            epoch, place = divmod(position, windows)
+            if epoch == 0:
+                slots.append(place)
+                continue
+            if epoch != self._epoch:
+                self._turn_to(epoch, windows)
+            slots.append(int(self._place[self._order[place]]))
+        return slots
+
+    def _turn_to(self, epoch: int, windows: int) -> None:
+        """Know the order of a later epoch, and the place that each window has in the first."""
+        seed = self.wanted.seed
+        if self._epoch < 0:
+            self._place = torch.empty(windows, dtype=torch.int64)
+            self._place[permutation(seed, self.stage, 0, windows)] = torch.arange(windows)
+        self._epoch, self._order = epoch, permutation(seed, self.stage, epoch, windows)
+
+    def _require_complete(self, directory: Path) -> None:
+        """Raise ConfigError unless every file that this run reads is there and whole."""
+        missing = []
+        for (stage, split), shelf in self.shelves.items():
+            here = self.wanted.stages[stage]
+            for number in range(shelf.count(here.train if split == "train" else here.validation)):
+                fault = shelf.fault(number)
+                if fault == "is missing":
+                    missing.append(str(shelf.path(number).relative_to(directory)))
+                elif fault is not None:
+                    raise shelf.refusal(number, fault)
+        if missing:
+            raise ConfigError(
+                f"objective.store={directory}: {len(missing)} files are missing, "
+                f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
+                "run python -m elastic.teacher again with the settings of this run"
+            )
+
+
+def text_digest(window: Tensor) -> bytes:
+    """What tells a window (t + 1,) from others, in 8 bytes."""
+    return hashlib.sha256(window_bytes(window)).digest()[:8]

@@ -1,0 +1,1 @@
+"""One run: check, prepare, rank, train, write."""

@@ -1,0 +1,143 @@
+"""Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from elastic.config import ParentShape, RunConfig
+from elastic.importance import Ranking
+from elastic.members.cut import tensor_shapes
+from elastic.members.search import Choice
+from elastic.parent.companions import copy_companions, licence_of
+from elastic.parent.weights import open_weights, save_weights
+from elastic.routing.family import Family
+from elastic.storage.files import atomic_directory, digest
+from elastic.storage.manifest import Manifest, Member
+from elastic.storage.writing import Pending
+from elastic.training.resume import Pieces
+
+PACKAGES = ("elastic", "torch", "transformers", "lightning", "safetensors", "tokenizers")
+
+
+def git_revision() -> str | None:
+    """Revision of the code that runs, if it runs from a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any] | None) -> dict:
+    """What config.json says beside the sizes: the parent's own words, or the tokenizer's ids."""
+    if parent_config is not None:
+        return parent_config
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return {"chunk_size": 128, **ids}
+
+
+def _weights(
+    shape: ParentShape, pieces: Pieces, dtypes: Mapping[str, torch.dtype]
+) -> list[Pending]:
+    """A checkpoint's weights under their stored names, each assembled when it is written."""
+
+    def pending(name: str, size: tuple[int, ...]) -> Pending:
+        tied = shape.tied_head and name == "lm_head.weight"  # stored twice all the same
+        stored = "backbone.embeddings.weight" if tied else name
+        dtype = dtypes.get(name, pieces.dtype(stored))
+        return Pending.of(name, size, dtype, lambda: pieces.weight(stored, size))
+
+    return [pending(name, size) for name, size in tensor_shapes(shape).items()]
+
+
+def _dtypes(source: Path) -> dict[str, torch.dtype]:
+    """Type of every tensor of a checkpoint."""
+    return {name: tensor.dtype for name, tensor in open_weights(source)[1].items()}
+
+
+def write_parent(
+    directory: Path,
+    shape: ParentShape,
+    pieces: Pieces,
+    tokenizer: PreTrainedTokenizerBase,
+    base_config: dict[str, Any],
+) -> None:
+    """Write a parent that was trained here as an ordinary checkpoint with its tokenizer."""
+    with atomic_directory(directory, replace=True) as temporary:
+        save_weights(temporary, shape, _weights(shape, pieces, {}), base_config)
+        tokenizer.save_pretrained(temporary)
+
+
+def is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
+    """Whether an elastic checkpoint is there, written after so many tokens of every stage."""
+    try:
+        return Manifest.read(directory).provenance["tokens_seen"] == tokens_seen
+    except (ValueError, KeyError):
+        return False
+
+
+def _hub_id(path: str | None) -> str | None:
+    """What the hub calls a parent; None for a directory, which others do not have."""
+    return None if path is None or Path(path).is_dir() else path
+
+
+def write_elastic(
+    directory: Path,
+    config: RunConfig,
+    shape: ParentShape,
+    pieces: Pieces,
+    tokenizer: PreTrainedTokenizerBase,
+    base_config: dict[str, Any],
+    source: Path | None,
+    family: Family,
+    choices: dict[str, Choice],
+    ranking: Ranking,
+    tokens_seen: dict[str, int],
+) -> None:
+    """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
+    then.
+
+    No more than one tensor of the weights is in memory. Those of a parent that came as a checkpoint
+    (`source`) are written in the types that they had there, and its licence comes along.
+    """
+    budgets = {
+        name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
+        for name, choice in choices.items()
+    }
+    provenance = {
+        "parent": config.parent.path or "trained in this run",
+        "base_model": _hub_id(config.parent.path),
+        "config": digest(asdict(config)),
+        "tokens_seen": tokens_seen,
+        "versions": {name: version(name) for name in PACKAGES},
+        "git_revision": git_revision(),
+        "frozen": family.frozen is not None,
+        "licence": {} if source is None else licence_of(source),
+    }
+    manifest = Manifest(
+        budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
+    )
+    with atomic_directory(directory, replace=True) as temporary:
+        dtypes = {} if source is None else _dtypes(source)
+        save_weights(temporary, shape, _weights(shape, pieces, dtypes), base_config)
+        tokenizer.save_pretrained(temporary)
+        if source is not None:
+            copy_companions(source, temporary, tokenizer=False)
+        router = {
+            name: weight.detach().cpu().clone()
+            for name, weight in family.router.state_dict().items()
+        }
+        save_file(router, temporary / "router.safetensors")
+        manifest.write(temporary)

@@ -1,0 +1,83 @@
+"""Runs small enough for tests: the real configuration files, the real trainer, tiny sizes."""
+
+import sysconfig
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from elastic.cli.command import CONF
+from elastic.config import RunConfig, parse
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+SMALL_PARENT = [
+    "parent.shape.pattern=M-M*-M-",
+    "parent.shape.hidden_size=48",
+    "parent.shape.vocab_size=384",
+    "parent.shape.intermediate_size=128",
+    "parent.shape.num_attention_heads=4",
+    "parent.shape.num_key_value_heads=2",
+    "parent.shape.head_dim=12",
+    "parent.shape.mamba_num_heads=4",
+    "parent.shape.mamba_head_dim=16",
+    "parent.shape.ssm_state_size=16",
+    "data.tokenizer_vocab=384",
+    "data.source=files",
+    f"data.path='{STDLIB}/email/*.py'",
+    "data.validation_every=5",
+    "data.validation_sequences=8",
+]
+"""A parent of about 130,000 parameters on 29 files of real text."""
+
+SMALL_SPACE = [
+    "space.hidden=[48,44,40,36,32,28]",
+    "space.ffn=[128,112,96,80,64,48]",
+    "space.mamba_heads=[4,2]",
+    "space.mamba_head_dim=null",
+    "space.attention_heads=null",
+    "space.depth=[7,6]",
+    "space.heterogeneous=[]",
+    "space.tolerance=0.02",
+]
+
+
+def stage(name: str, steps: int, length: int = 64, batch: int = 512, lr: float = 3e-3) -> list[str]:
+    """Overrides that make one stage short."""
+    where = f"curriculum.stages.{name}"
+    return [
+        f"{where}.tokens={steps * batch}",
+        f"{where}.sequence_length={length}",
+        f"{where}.batch_tokens={batch}",
+        f"{where}.model_lr={lr}",
+        f"{where}.warmup_steps={max(1, steps // 10)}",
+    ]
+
+
+CALIBRATION = [
+    "importance.samples=16",
+    "importance.sequence_length=64",
+    "importance.depth_samples=8",
+    "importance.depth_positions=16",
+]
+
+
+def settings(run_dir: Path, *overrides: str, experiment: str = "tiny") -> RunConfig:
+    """What `python train.py experiment=... overrides` would run."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = compose("train", [f"experiment={experiment}", f"run_dir='{run_dir}'", *overrides])
+    return parse(raw, RunConfig)
+
+
+def small_settings(run_dir: Path, *overrides: str, steps: tuple[int, int, int]) -> RunConfig:
+    """The tiny experiment on the small parent, with so many steps per stage."""
+    pretrain, short, long = steps
+    return settings(
+        run_dir,
+        *SMALL_PARENT,
+        *SMALL_SPACE,
+        *CALIBRATION,
+        *stage("pretrain", pretrain, lr=5e-3),
+        *stage("short", short, lr=2e-3),
+        *stage("long", long, length=256, lr=1e-3),
+        *overrides,
+    )

@@ -1,0 +1,21 @@
+"""A shape and spaces small enough to search by brute force."""
+
+from collections.abc import Sequence
+
+from helpers.strategies import tiny_shape
+
+from elastic.config import AXES, SpaceConfig
+from elastic.members.architecture import Architecture, Selection, Space
+from elastic.members.cost import parameters
+
+SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
+FULL = parameters(SHAPE, Architecture.full(SHAPE))
+
+
+def space_of(heterogeneous: Sequence[str] = (), **axes: list[int]) -> Space:
+    return Space.build(SpaceConfig(heterogeneous=list(heterogeneous), **axes), SHAPE)
+
+
+def selection(space: Space, **indices: int) -> Selection:
+    """One index per axis, the same for all layers; 0 where none is given."""
+    return {axis: (indices.get(axis, 0),) * space.decisions(axis) for axis in AXES}

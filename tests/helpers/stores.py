@@ -1,0 +1,73 @@
+"""A run that reads a store, small: a random parent, real text, two stages, one of three epochs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.runs import SMALL_PARENT, SMALL_SPACE, STDLIB, stage
+from helpers.strategies import random_parent
+from hydra import compose, initialize_config_dir
+
+from elastic.cli.command import CONF
+from elastic.config import TeachConfig, parse
+from elastic.data import PreparedData, prepare_data
+from elastic.parent.stock import read_config, read_shape
+from elastic.parent.weights import save_parent
+from elastic.routing.curriculum import Stage, plan
+from elastic.teacher import Contents, StoredTeacher, contents_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of one run and what they mean."""
+
+    config: TeachConfig
+    overrides: list[str]
+    data: PreparedData
+    stages: dict[str, Stage]
+    teacher: Path
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.objective.store or "")
+
+    def wanted(self) -> Contents:
+        vocabulary = read_shape(read_config(self.teacher)).vocab_size
+        stages = list(self.stages.values())
+        return contents_of(self.config, stages, self.data, self.teacher, vocabulary)
+
+    def reader(self) -> StoredTeacher:
+        return StoredTeacher(self.store, self.wanted(), thorough=True)
+
+
+def case_of(run_dir: Path, store: Path, *changes: str) -> Case:
+    """A case with its text and its parent in `run_dir`, and with some settings changed."""
+    overrides = [
+        f"run_dir='{run_dir}'",
+        *SMALL_PARENT,
+        *SMALL_SPACE,
+        f"data.path='{STDLIB}/email/[ei]*.py'",  # so little text that it comes thrice
+        "data.validation_every=3",
+        "curriculum.stages.pretrain.tokens=512",
+        *stage("pretrain", 1),
+        *stage("short", 7, length=32, batch=1024),
+        *stage("long", 2, length=64, batch=512),
+        "objective.top_k=7",
+        "objective.temperature=1.5",
+        f"objective.store='{store}'",
+        "teach.shard_sequences=20",
+        "teach.batch_tokens=192",
+        "teach.log_probs=float32",
+        *changes,
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = parse(compose("teach", overrides), TeachConfig)
+    data = prepare_data(config.data, run_dir / "data", None)
+    data.save(run_dir / "data")
+    parent = run_dir / "parent"
+    if not parent.exists():
+        assert config.parent.shape is not None
+        parent.mkdir(parents=True)
+        save_parent(random_parent(config.parent.shape), parent)
+    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    elastic = {stage.name: stage for stage in stages if stage.config.mode == "elastic"}
+    return Case(config, overrides, data, elastic, parent)

@@ -1,0 +1,352 @@
+"""Stages, draws and learning rates are plain functions; compared with counts done by hand."""
+
+import itertools
+import math
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.config import ConfigError, StageConfig, TrainerConfig
+from elastic.routing.curriculum import (
+    Pass,
+    Stage,
+    budget_probabilities,
+    check_budgets,
+    draw_budget,
+    draw_passes,
+    draw_seed,
+    learning_rate_factor,
+    plan,
+)
+
+
+def stage(**fields: object) -> StageConfig:
+    defaults: dict[str, object] = {
+        "tokens": 1000,
+        "sequence_length": 10,
+        "batch_tokens": 100,
+        "model_lr": 1e-3,
+        "warmup_steps": 0,
+    }
+    return StageConfig(**(defaults | fields))  # type: ignore[arg-type]
+
+
+BUDGETS = ["full", "medium", "small"]
+
+
+def only(config: StageConfig, **trainer: object) -> Stage:
+    """Plan of a single stage."""
+    (planned,) = plan({"one": config}, TrainerConfig(**trainer), BUDGETS)  # type: ignore[arg-type]
+    return planned
+
+
+# Plan
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [(1, 1), (99, 1), (100, 1), (101, 2), (1000, 10), (1001, 11)]
+)
+def test_tokens_are_rounded_up_to_whole_steps(tokens: int, steps: int) -> None:
+    planned = only(stage(tokens=tokens))
+    assert planned.steps == steps and planned.tokens == 100 * steps
+
+
+def test_the_published_stages_have_the_published_steps() -> None:
+    """method.md, section 7.1: about 5,166 and 1,788 steps."""
+    short = only(stage(tokens=65 * 10**9, sequence_length=8192, batch_tokens=1536 * 8192))
+    long = only(stage(tokens=45 * 10**9, sequence_length=49_152, batch_tokens=512 * 49_152))
+    assert abs(short.steps - 5166) <= 1 and abs(long.steps - 1788) <= 1
+
+
+@pytest.mark.parametrize(
+    ("micro", "devices", "nodes", "accumulation", "sequences"),
+    [
+        (None, 1, 1, 1, 48),
+        (None, 2, 2, 1, 12),
+        (80, 1, 1, 6, 8),
+        (80, 3, 1, 2, 8),
+        (10, 2, 3, 8, 1),
+        (95, 1, 1, 6, 8),
+        (79, 1, 1, 8, 6),
+        (10_000, 1, 2, 1, 24),
+    ],
+)
+def test_a_step_is_split_over_processes_and_equal_forward_passes(
+    micro: int | None, devices: int, nodes: int, accumulation: int, sequences: int
+) -> None:
+    planned = only(
+        stage(batch_tokens=480), micro_batch_tokens=micro, devices=devices, num_nodes=nodes,
+        strategy="ddp",
+    )  # fmt: skip
+    assert (planned.accumulation, planned.batch_sequences) == (accumulation, sequences)
+    assert planned.accumulation * planned.batch_sequences * devices * nodes == 48
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({"budgets_per_batch": "one"}, 1),
+        ({"budgets_per_batch": "all"}, 3),
+        ({"budgets_per_batch": "all", "budget_probabilities": {"full": 0.5, "small": 0.5}}, 2),
+        ({"budgets_per_batch": "sandwich"}, 3),
+    ],
+)
+def test_a_step_passes_over_every_micro_batch_once_per_budget(
+    fields: dict[str, object], passes: int
+) -> None:
+    """More passes of the same size, and no fewer tokens of text."""
+    planned = only(stage(batch_tokens=480, **fields), micro_batch_tokens=80)
+    assert (planned.passes, planned.accumulation) == (passes, 6 * passes)
+    assert planned.batch_sequences == 8 and planned.steps == only(stage(batch_tokens=480)).steps
+
+
+def three_stages() -> list[Stage]:
+    stages = {
+        "learn": stage(mode="pretrain", tokens=250),
+        "short": stage(tokens=601),
+        "long": stage(tokens=300, batch_tokens=150),
+    }
+    return plan(stages, TrainerConfig(), BUDGETS)
+
+
+def test_stages_keep_their_order_and_count_all_steps_before_them() -> None:
+    planned = three_stages()
+    assert [(s.name, s.index) for s in planned] == [("learn", 0), ("short", 1), ("long", 2)]
+    assert [s.steps for s in planned] == [3, 7, 2]
+    assert [s.steps_before for s in planned] == [0, 3, 10]
+
+
+def test_progress_runs_from_0_to_1_over_the_stages_of_a_mode() -> None:
+    """Pretraining has its own; rounded-up tokens count."""
+    learn, short, long = three_stages()
+    assert (learn.progress(0), learn.progress(3)) == (0.0, 1.0)
+    assert short.progress(0) == 0.0
+    assert short.progress(short.steps) == long.progress(0) == 700 / 1000
+    assert long.progress(1) == 850 / 1000
+    assert long.progress(long.steps) == 1.0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 999), st.integers(1, 9)), min_size=1, max_size=5),
+    st.integers(0, 3),
+)
+def test_progress_only_ever_grows(sizes: list[tuple[int, int]], pretrain: int) -> None:
+    stages = {
+        f"stage {i}": stage(
+            mode="pretrain" if i < pretrain else "elastic", tokens=tokens, batch_tokens=10 * batch
+        )
+        for i, (tokens, batch) in enumerate(sizes)
+    }
+    planned = plan(stages, TrainerConfig(), BUDGETS)
+    for mode in ("pretrain", "elastic"):
+        of_mode = [s for s in planned if s.config.mode == mode]
+        moments = [s.progress(step) for s in of_mode for step in range(s.steps)]
+        if of_mode:
+            assert moments[0] == 0.0 and of_mode[-1].progress(of_mode[-1].steps) == 1.0
+        assert all(a < b for a, b in itertools.pairwise(moments))
+    assert planned[-1].steps_before + planned[-1].steps == sum(s.steps for s in planned)
+
+
+# Budgets
+
+
+def test_budgets_are_drawn_alike_unless_the_stage_says_otherwise() -> None:
+    assert budget_probabilities(stage(), ["a", "b", "c", "d"]) == dict.fromkeys("abcd", 0.25)
+
+
+def test_budgets_that_a_stage_does_not_name_are_not_drawn() -> None:
+    config = stage(budget_probabilities={"c": 0.4, "a": 0.6})
+    probabilities = budget_probabilities(config, ["a", "b", "c"])
+    assert list(probabilities.items()) == [("a", 0.6), ("b", 0.0), ("c", 0.4)]
+    drawn = {draw_budget(probabilities, seed) for seed in range(500)}
+    assert drawn == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    "probabilities", [{"12b": 0.5, "9b": 0.3, "6b": 0.2}, {"12b": 1 / 3, "9b": 1 / 3, "6b": 1 / 3}]
+)
+def test_budgets_come_as_often_as_their_probabilities_say(probabilities: dict[str, float]) -> None:
+    """Over the seeds of a run, within 4 sigma."""
+    draws = 20_000
+    counts = Counter(
+        draw_budget(probabilities, draw_seed(0, "budget", 1, step, micro_step))
+        for step in range(draws // 4)
+        for micro_step in range(4)
+    )
+    for name, probability in probabilities.items():
+        sigma = math.sqrt(draws * probability * (1 - probability))
+        assert abs(counts[name] - draws * probability) <= 4 * sigma
+
+
+def test_successive_budgets_are_independent() -> None:
+    """Pairs of neighbours, too, come as often as chance has it."""
+    draws, even = 8000, {"a": 0.5, "b": 0.5}
+    sequence = [draw_budget(even, draw_seed(0, "budget", 0, step, 0)) for step in range(draws)]
+    same = sum(one == two for one, two in itertools.pairwise(sequence))
+    assert abs(same - draws / 2) <= 4 * math.sqrt(draws) / 2
+
+
+# Several budgets per batch
+
+
+def test_one_budget_is_the_one_that_is_drawn() -> None:
+    for seed in range(50):
+        assert draw_passes("one", SHARES, seed) == [Pass(draw_budget(SHARES, seed), 1.0)]
+
+
+SHARES = {"a": 0.5, "b": 0.2, "c": 0.0, "d": 0.3}
+
+
+def test_all_budgets_weigh_what_one_budget_does_on_average() -> None:
+    """The mean over the passes is the sum by probability; what is never drawn is not passed."""
+    passes = draw_passes("all", SHARES, 0)
+    assert [each.budget for each in passes] == ["a", "b", "d"], "largest first"
+    for each in passes:
+        assert each.weight / len(passes) == pytest.approx(SHARES[each.budget])
+    alike = draw_passes("all", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 0)
+    assert [each.weight for each in alike] == [1.0, 1.0, 1.0]
+
+
+def test_a_sandwich_is_both_ends_and_one_between_by_its_probability() -> None:
+    shares, draws = {"a": 0.9, "b": 0.06, "c": 0.0, "d": 0.02, "e": 0.02}, 4000
+    counts: Counter[str] = Counter()
+    for step in range(draws):
+        first, middle, last = draw_passes("sandwich", shares, draw_seed(0, "budget", 1, step, 0))
+        assert (first.budget, last.budget) == ("a", "e")
+        assert {first.weight, middle.weight, last.weight} == {1.0}
+        counts[middle.budget] += 1
+    assert set(counts) == {"b", "d"}
+    assert abs(counts["b"] - 0.75 * draws) <= 4 * math.sqrt(draws * 0.75 * 0.25)
+
+
+TARGETS = {"full": 100, "medium": 70, "small": 40}
+
+
+def refused(
+    targets: dict[str, int] = TARGETS, in_place: bool = True, **fields: object
+) -> str | None:
+    """The line with which a stage is refused, if it is."""
+    stages = {"learn": stage(mode="pretrain"), "last": stage(**fields)}
+    try:
+        check_budgets(stages, targets, 100, in_place)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+def test_the_teacher_in_place_is_the_whole_parent() -> None:
+    for mode in ("all", "sandwich"):
+        assert refused(budgets_per_batch=mode) is None
+        line = refused({"medium": 70, "small": 40, "tiny": 30}, budgets_per_batch=mode)
+        assert line == (
+            "objective.teacher=in_place: must be replicated unless one budget is the whole parent, "
+            "100 parameters; budgets.medium has 70"
+        )
+    assert refused({"medium": 70, "small": 40}, in_place=False, budgets_per_batch="all") is None
+
+
+def test_the_teacher_in_place_is_in_every_batch() -> None:
+    shares = {"medium": 0.4, "small": 0.6}
+    line = refused(budgets_per_batch="all", budget_probabilities=shares)
+    assert line == (
+        f"curriculum.stages.last.budget_probabilities={shares}: must be positive for full, the "
+        "teacher of the others (objective.teacher=in_place)"
+    )
+    assert refused(budgets_per_batch="all", budget_probabilities=shares, in_place=False) is None
+    ends = {"medium": 1.0}
+    assert refused(budgets_per_batch="sandwich", budget_probabilities=ends) is None
+
+
+def test_a_sandwich_has_something_to_draw_for_its_middle() -> None:
+    ends = {"full": 0.5, "small": 0.5}
+    line = refused(budgets_per_batch="sandwich", budget_probabilities=ends, in_place=False)
+    assert line == (
+        f"curriculum.stages.last.budget_probabilities={ends}: must be positive for one of medium: "
+        "a sandwich draws between the ends"
+    )
+
+
+# Seeds (law 8)
+
+
+def test_draws_differ_in_every_coordinate_and_by_purpose() -> None:
+    seeds = [
+        draw_seed(seed, purpose, index, step, micro_step)
+        for seed in (0, 1, 11)
+        for purpose in ("budget", "router")
+        for index in (0, 1, 11)
+        for step in (0, 1, 11, 111)
+        for micro_step in (0, 1, 11)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds), "what torch.Generator takes"
+
+
+def test_draws_are_the_same_in_another_process() -> None:
+    """No hidden state, and no hash that changes from process to process."""
+    expected = [draw_seed(3, "router", 1, step, 2) for step in range(5)]
+    budgets = [draw_budget({"a": 0.5, "b": 0.5}, seed) for seed in expected]
+    code = (
+        "import random; random.random()\n"
+        "from elastic.routing.curriculum import draw_budget, draw_seed\n"
+        "seeds = [draw_seed(3, 'router', 1, step, 2) for step in reversed(range(5))][::-1]\n"
+        "print(seeds, [draw_budget({'a': 0.5, 'b': 0.5}, seed) for seed in seeds])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"{expected} {budgets}"
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    import random
+
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    draw_budget({"a": 0.5, "b": 0.5}, draw_seed(0, "budget", 0, 0, 0))
+    assert random.random() == expected
+
+
+# Learning rate
+
+
+def test_warmup_is_linear_and_reaches_the_peak() -> None:
+    config = stage(warmup_steps=4)
+    factors = [learning_rate_factor(config, 100, step) for step in range(5)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_without_warmup_the_first_step_is_the_peak() -> None:
+    assert learning_rate_factor(stage(), 100, 0) == 1.0
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_the_cosine_ends_at_its_final_share(final: float) -> None:
+    config = stage(warmup_steps=10, final_lr_ratio=final)
+    assert learning_rate_factor(config, 110, 110) == pytest.approx(final)
+    assert learning_rate_factor(config, 110, 500) == pytest.approx(final), "and stays there"
+    middle = (1 + final) / 2
+    assert learning_rate_factor(config, 110, 60) == pytest.approx(middle)
+
+
+def test_the_cosine_only_falls() -> None:
+    config = stage(warmup_steps=10)
+    factors = [learning_rate_factor(config, 110, step) for step in range(10, 111)]
+    assert all(before > after for before, after in itertools.pairwise(factors))
+    slopes = [before - after for before, after in itertools.pairwise(factors)]
+    assert slopes[50] == max(slopes) and slopes[0] < 0.1 * slopes[50]
+
+
+@given(st.integers(1, 50), st.integers(0, 60), st.floats(0, 1))
+def test_the_learning_rate_is_always_between_0_and_its_peak(
+    steps: int, warmup: int, final: float
+) -> None:
+    """Also when the warmup is longer than the stage."""
+    config = stage(warmup_steps=warmup, final_lr_ratio=final)
+    for step in range(steps + 1):
+        assert 0 <= learning_rate_factor(config, steps, step) <= 1
+        assert learning_rate_factor(config, steps, step) > 0 or step == steps

@@ -1,0 +1,122 @@
+"""elastic.json: what is written is read again, and what cannot be read is refused in one line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.strategies import tiny_member, tiny_shape
+
+from elastic.members.architecture import Architecture
+from elastic.storage.manifest import FORMAT_VERSION, NAME, Manifest, Member
+
+
+def example() -> Manifest:
+    return Manifest(
+        budgets={
+            "full": Member({"params": 1.0}, 5000, Architecture.full(tiny_shape())),
+            "small": Member({"params": 0.5}, 2500, tiny_member()),
+        },
+        space={"choices": {"hidden": [13, 8]}, "heterogeneous": []},
+        ranking={"drop_order": [3, 1]},
+        provenance={"parent": None, "tokens": 12, "versions": {"torch": "2"}},
+    )
+
+
+def test_round_trip_is_exact_and_keeps_the_order_of_budgets(tmp_path: Path) -> None:
+    example().write(tmp_path)
+    again = Manifest.read(tmp_path)
+    assert again == example()
+    assert list(again.budgets) == ["full", "small"]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_the_file_has_the_documented_form(tmp_path: Path) -> None:
+    """Anyone may cut with this file and safetensors alone: its form is a contract."""
+    example().write(tmp_path)
+    value = json.loads((tmp_path / "elastic.json").read_text())
+    assert list(value) == ["format_version", "budgets", "space", "ranking", "provenance"]
+    assert value["format_version"] == FORMAT_VERSION == 1
+    assert value["budgets"]["small"] == {
+        "target": {"params": 0.5},
+        "params": 2500,
+        "architecture": tiny_member().to_json(),
+    }
+
+
+def test_writing_again_replaces_the_whole(tmp_path: Path) -> None:
+    example().write(tmp_path)
+    Manifest({}, {}, {}, {}).write(tmp_path)
+    assert Manifest.read(tmp_path) == Manifest({}, {}, {}, {})
+
+
+def test_unknown_budget_lists_those_there_are() -> None:
+    assert example().member("small").params == 2500
+    with pytest.raises(ValueError, match=r"^budget=tiny: must be one of full, small$"):
+        example().member("tiny")
+
+
+def refused(directory: Path, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Manifest.read(directory)
+    assert re.search(message, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_one_is_not_an_elastic_checkpoint(tmp_path: Path) -> None:
+    refused(tmp_path, r"elastic\.json: not found; .* is not an elastic checkpoint")
+    refused(tmp_path / "nowhere", r"elastic\.json: not found")
+
+
+def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The value with one entry deleted."""
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return value
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("format_version",),
+        ("budgets",),
+        ("space",),
+        ("ranking",),
+        ("provenance",),
+        ("budgets", "small", "target"),
+        ("budgets", "small", "params"),
+        ("budgets", "small", "architecture"),
+        ("budgets", "small", "architecture", "hidden_size"),
+        ("budgets", "small", "architecture", "layers"),
+    ],
+    ids=".".join,
+)
+def test_a_missing_entry_is_damage(tmp_path: Path, path: tuple[str, ...]) -> None:
+    example().write(tmp_path)
+    value = json.loads((tmp_path / NAME).read_text())
+    (tmp_path / NAME).write_text(json.dumps(without(value, *path)))
+    refused(tmp_path, rf"elastic\.json: damaged.*{path[-1]}")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe\x00", b'{"format_version": 1}']
+)
+def test_what_is_not_an_elastic_json_is_damage(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / NAME).write_bytes(content)
+    refused(tmp_path, r"elastic\.json: damaged")
+
+
+@pytest.mark.parametrize("budgets", [[], 3, None, {"small": 3}, {"small": {"params": "many"}}])
+def test_budgets_of_another_form_are_damage(tmp_path: Path, budgets: Any) -> None:
+    value = {"format_version": 1, "budgets": budgets, "space": {}, "ranking": {}, "provenance": {}}
+    (tmp_path / NAME).write_text(json.dumps(value))
+    refused(tmp_path, r"elastic\.json: damaged")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_version_says_which_one_is_read(tmp_path: Path, version: object) -> None:
+    (tmp_path / NAME).write_text(json.dumps({"format_version": version}))
+    refused(tmp_path, rf"format_version={version}, this version reads 1")

@@ -1,0 +1,140 @@
+"""Any part of a stored tensor, read by byte ranges: the plain twin is indexing in memory."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from elastic.members.cut import Ranges
+from elastic.storage import reading
+from elastic.storage.reading import TensorStore
+
+SHAPES = {"matrix": (23, 37), "vector": (41,), "taps": (19, 1, 4), "half": (23, 37)}
+
+
+@pytest.fixture(scope="module")
+def tensors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    values["half"] = values["half"].bfloat16()
+    directory = tmp_path_factory.mktemp("stored")
+    save_file(values, directory / "model.safetensors")
+    return directory, values
+
+
+def flat(ranges: Ranges | None, size: int) -> list[int]:
+    spans = ((0, size),) if ranges is None else ranges
+    return [index for start, stop in spans for index in range(start, stop)]
+
+
+@st.composite
+def ranges_of(draw: st.DrawFn, size: int, ascending: bool) -> Ranges | None:
+    """Any disjoint ranges, or None for all."""
+    if draw(st.booleans()):
+        return None
+    ends = sorted(draw(st.sets(st.integers(0, size), min_size=2, max_size=8)))
+    ranges = list(zip(ends[::2], ends[1::2], strict=False))
+    return tuple(ranges if ascending else draw(st.permutations(ranges)))
+
+
+@given(st.data(), st.sampled_from(["matrix", "half"]), st.sampled_from([1, 200, 10**6]))
+@pytest.mark.parametrize("gap", [0, 20, 256])
+def test_rows_in_any_order_and_ascending_columns(
+    tensors: tuple[Path, dict[str, torch.Tensor]],
+    gap: int,
+    data: st.DataObject,
+    name: str,
+    block_bytes: int,
+) -> None:
+    """Equal to indexing, in blocks no larger than asked, in memory of their own."""
+    directory, values = tensors
+    rows = data.draw(ranges_of(23, ascending=False))
+    columns = data.draw(ranges_of(37, ascending=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "GAP_BYTES", gap)
+        stored = TensorStore(directory, SHAPES)[name]
+        blocks = list(stored.blocks((rows, columns), block_bytes))
+        whole = stored.read((rows, columns))
+    expected = values[name][flat(rows, 23)][:, flat(columns, 37)]
+    assert torch.equal(torch.cat(blocks), expected) and torch.equal(whole, expected)
+    for block in blocks:
+        assert block.dtype == values[name].dtype
+        assert len(block) == 1 or block.numel() * block.element_size() <= block_bytes
+
+
+@pytest.mark.parametrize("name", ["vector", "taps"])
+def test_other_ranks_are_cut_by_rows(
+    tensors: tuple[Path, dict[str, torch.Tensor]], name: str
+) -> None:
+    directory, values = tensors
+    stored, rest = TensorStore(directory, SHAPES)[name], (None,) * (len(SHAPES[name]) - 1)
+    rows = ((11, 17), (2, 3))
+    assert torch.equal(stored.read((rows, *rest)), values[name][flat(rows, 0)])
+    assert torch.equal(stored.read(), values[name])
+    assert torch.equal(stored.read(dtype=torch.bfloat16), values[name].bfloat16())
+
+
+def two_shards(directory: Path) -> dict[str, str]:
+    """Two files and their index; returns the weight map."""
+    save_file({"a": torch.zeros(2), "b": torch.zeros(3)}, directory / "one.safetensors")
+    save_file({"c": torch.zeros(4)}, directory / "two.safetensors")
+    return {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+
+
+def moved(weight_map: dict[str, str]) -> None:
+    weight_map["b"] = "two.safetensors"
+
+
+BAD_INDEX: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
+    "no entry": (lambda m: m.pop("b"), "index.json: has no entry for tensor b of one.safetensors"),
+    "no tensor": (lambda m: m.update(d="two.safetensors"), "two.safetensors: has no tensor d"),
+    "another file": (moved, "puts tensor b into two.safetensors, but it is in one.safetensors"),
+    "no file": (lambda m: m.update(d="three.safetensors"), "three.safetensors: shard is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INDEX)
+def test_an_index_that_disagrees_with_the_shards(tmp_path: Path, name: str) -> None:
+    change, message = BAD_INDEX[name]
+    weight_map = two_shards(tmp_path)
+    expected = {"a": (2,), "b": (3,), "c": (4,)}
+    index = tmp_path / reading.INDEX
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert set(TensorStore(tmp_path, expected)) == set(expected)
+    change(weight_map)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message):
+        TensorStore(tmp_path, expected)
+
+
+def test_layers_for_multi_token_prediction_are_left_out_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / "x.safetensors")
+    with caplog.at_level("INFO"):
+        assert set(TensorStore(tmp_path, {"a": (2,)})) == {"a"}
+    assert "1 tensors of multi-token prediction are left out (mtp.layers.0.w" in caplog.text
+
+
+def test_other_tensors_and_types_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "z": torch.zeros(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="unknown tensor z"):
+        TensorStore(tmp_path, {"a": (2,)})
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="tensor a is stored as I8; must be one of F64, F32, BF16"):
+        TensorStore(tmp_path, {"a": (2,)})
+
+
+def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+    """Never zeros in place of what is gone."""
+    save_file({"a": torch.zeros(100)}, tmp_path / "x.safetensors")
+    store = TensorStore(tmp_path, {"a": (100,)})
+    with (tmp_path / "x.safetensors").open("r+b") as file:
+        file.truncate(300)
+    with pytest.raises(ValueError, match="x.safetensors: shard is truncated"):
+        store["a"].read()

@@ -1,0 +1,151 @@
+"""A stored teacher against the live one that wrote it."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from helpers.stores import Case
+from helpers.strategies import random_parent
+from torch import Tensor
+
+from elastic.config import ObjectiveConfig
+from elastic.data.datamodule import SequenceStream
+from elastic.losses import TopK, token_terms
+from elastic.parent import HybridParent
+from elastic.parent.weights import load_parent
+from elastic.teacher import LiveTeacher, StoredTeacher
+from elastic.teacher.cache.index import text_of
+from elastic.teacher.cache.write import write_store
+
+CPU = torch.device("cpu")
+SEQUENCES = 4
+
+
+def live(case: Case) -> LiveTeacher:
+    return LiveTeacher(load_parent(case.teacher), "32-true", None)
+
+
+def losses(case: Case, student: HybridParent, batch: Tensor, *said: object) -> list[float]:
+    """What a student would minimise, from the words of several teachers."""
+    head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
+    targets = batch[:, 1:].flatten()
+    with torch.no_grad():
+        terms = [token_terms(head, each, targets, case.config.objective) for each in said]  # type: ignore[arg-type]
+    return [float(each["total"]) for each in terms]
+
+
+def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Tensor]]:
+    """Every micro-batch of a stage as its processes see it, and the place of its first row."""
+    stream = text_of(case.config, case.stages[stage], case.data).stream
+    count = case.stages[stage].tokens // (32 if stage == "short" else 64)
+    ranks = [
+        SequenceStream(
+            stream.sequences, batch_sequences=SEQUENCES, seed=stream.seed,
+            stage_name=stream.stage_name, rank=rank, world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    rounds = range(count // (SEQUENCES * world_size))
+    return [
+        ((number * world_size + rank) * SEQUENCES, batch)
+        for number, row in zip(rounds, zip(*ranks, strict=True), strict=False)
+        for rank, batch in enumerate(row)
+    ]
+
+
+def pair(case: Case, stage: str) -> tuple[LiveTeacher, StoredTeacher]:
+    one, two = live(case), case.reader()
+    one.start(CPU, stage)
+    two.start(CPU, stage)
+    return one, two
+
+
+@pytest.mark.parametrize("stage", ["short", "long"])
+def test_every_batch_of_a_run_has_the_loss_of_the_live_teacher(case: Case, stage: str) -> None:
+    """Two processes, three epochs of the short stage, part of one of the long."""
+    teacher, stored = pair(case, stage)
+    assert case.config.parent.shape is not None
+    student = random_parent(case.config.parent.shape, seed=1)
+    seen = batches(case, stage, world_size=2)
+    windows = case.wanted().stages[stage].windows
+    epochs = (seen[-1][0] + SEQUENCES - 1) / windows
+    assert (2 < epochs < 3) if stage == "short" else epochs < 1
+    for first, batch in seen:
+        words = teacher.teach(batch, "train", first), stored.teach(batch, "train", first)
+        expected, found = losses(case, student, batch, *words)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_has_the_loss_of_the_live_teacher_and_of_its_own_text(case: Case) -> None:
+    teacher, stored = pair(case, "long")
+    text = text_of(case.config, case.stages["long"], case.data).validation
+    assert case.config.parent.shape is not None
+    student = random_parent(case.config.parent.shape, seed=1)
+    for first in range(0, len(text), 3):
+        batch = torch.stack([text[row] for row in range(first, min(first + 3, len(text)))])
+        said = teacher.teach(batch, "validation", first)
+        kept = stored.teach(batch, "validation", first)
+        expected, found = losses(case, student, batch, said, kept)
+        assert found == pytest.approx(expected, rel=1e-6)
+        terms = token_terms(said, None, batch[:, 1:].flatten(), ObjectiveConfig())  # type: ignore[arg-type]
+        own = stored.cross_entropy("validation", first, len(batch))
+        assert own == pytest.approx(float(terms["cross_entropy"]), rel=1e-6)
+
+
+def test_a_sequence_is_stored_once_however_often_it_comes(case: Case) -> None:
+    stored = case.reader()
+    contents = case.wanted().stages
+    positions = case.stages["short"].tokens // 32
+    assert contents["short"].train == contents["short"].windows < positions / 2
+    assert contents["long"].train == case.stages["long"].tokens // 64 < contents["long"].windows
+    for stage, length in (("short", 32), ("long", 64)):
+        shelf = stored.shelves[stage, "train"]
+        rows = [len(shelf.open(number)["text"]) for number in range(shelf.count())]
+        assert sum(rows) == contents[stage].train and max(rows) <= 20
+        assert shelf.layout(1)["indices"][1] == (1, length, 7)
+
+
+def test_half_precision_costs_little(case: Case, make: Callable[..., Case]) -> None:
+    """Log-probabilities in float16: three decimals of each, far less of the loss."""
+    half = make("teach.log_probs=float16")
+    write_store(half.config)
+    assert case.config.parent.shape is not None
+    student = random_parent(case.config.parent.shape, seed=1)
+    exact, rounded = case.reader(), half.reader()
+    errors = []
+    for teacher in (exact, rounded):
+        teacher.start(CPU, "short")
+    for first, batch in itertools.islice(batches(case, "short", 1), 8):
+        words = [teacher.teach(batch, "train", first) for teacher in (exact, rounded)]
+        assert words[1].log_probs.dtype == torch.float16
+        expected, found = losses(case, student, batch, *words)
+        errors.append(abs(found / expected - 1))
+    assert 0 < max(errors) < 3e-4, errors
+
+
+def test_vocabularies_beyond_16_bits_have_wider_indices(case: Case) -> None:
+    shelf = case.reader().shelves["short", "train"]
+    small, large = (dataclasses.replace(shelf, vocabulary=size) for size in (1 << 16, 131_072))
+    assert small.layout(1)["indices"][0] == np.uint16
+    assert large.layout(1)["indices"][0] == np.uint32
+
+
+def test_files_are_mapped_not_loaded(case: Case) -> None:
+    stored = case.reader()
+    stored.start(CPU, "short")
+    (first, batch), *_ = batches(case, "short", 1)
+    said = stored.teach(batch, "train", first)
+    assert isinstance(said, TopK) and said.indices.shape == (batch[:, 1:].numel(), 7)
+    arrays = [array for rows in stored._maps.values() for array in rows.values()]
+    assert arrays and all(isinstance(array, np.memmap) for array in arrays)
+
+
+def test_words_about_other_text_are_not_taken(case: Case) -> None:
+    """The first batch of a stage is held against what was written."""
+    _, stored = pair(case, "short")
+    (first, batch), (other, _), *_ = batches(case, "short", 1)
+    with pytest.raises(AssertionError, match="not the text of this place"):
+        stored.teach(batch, "train", other)

@@ -1,0 +1,273 @@
+"""Several documents in one sequence: nothing crosses a border, whatever way the parent runs.
+
+Compared: a sequence of documents with each of them run on its own, in logits and in gradients; and
+what training and validation make of a window of text with what its documents cost by themselves.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.runs import small_settings
+from helpers.strategies import (
+    architectures,
+    assert_gradients_near,
+    assert_near,
+    difference,
+    gradients,
+    probe,
+    random_parent,
+    random_tokens,
+    shapes,
+    tiny_member,
+    tiny_shape,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import elastic.parent.hybrid
+import elastic.parent.ssd
+import elastic.training.run
+from elastic.config import ObjectiveConfig, OptimConfig, ParentShape, StageConfig, TrainerConfig
+from elastic.parent import HybridParent, Member
+from elastic.parent.ssd import Conv1d
+from elastic.routing.curriculum import plan
+from elastic.routing.masks import hard_keep
+from elastic.teacher import LiveTeacher
+from elastic.training.callbacks import BudgetValidation
+from elastic.training.module import PARENT, ElasticModule
+from elastic.training.run import Run
+
+RUNS = ("whole", "sliced", "masked")
+
+
+def tiny_run(run: str) -> Member:
+    """Three ways to run `tiny_shape()`."""
+    if run == "masked":
+        return hard_keep(tiny_shape(), tiny_member())
+    return tiny_member() if run == "sliced" else None
+
+
+def ids(*lengths: int) -> Tensor:
+    """(1, t) document ids of a row with documents of these lengths."""
+    return torch.repeat_interleave(torch.tensor(lengths))[None].int()
+
+
+def pieces(documents: Tensor) -> list[tuple[int, slice]]:
+    """Row and span of every document."""
+    found = []
+    for row, line in enumerate(documents):
+        _, lengths = line.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        found += [(row, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+    return found
+
+
+def separately(parent: HybridParent, tokens: Tensor, member: Member, documents: Tensor) -> Tensor:
+    """(b, t, v) logits, every document in a call of its own."""
+    rows: list[list[Tensor]] = [[] for _ in tokens]
+    for row, span in pieces(documents):
+        rows[row].append(parent.logits(tokens[row : row + 1, span], member)[0])
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def leak(parent: HybridParent, member: Member, documents: Tensor) -> float:
+    """How far a sequence of documents is from the documents on their own."""
+    tokens = random_tokens(parent.shape, *documents.shape)
+    together = parent.logits(tokens, member, documents)
+    return difference(together, separately(parent, tokens, member, documents))
+
+
+@st.composite
+def borders(draw: st.DrawFn, rows: int = 2, time: int = 12) -> Tensor:
+    """(b, t) ids: borders anywhere, another place in every row, ids that jump and need not be 0."""
+    steps = st.lists(st.sampled_from([0, 0, 0, 1, 3]), min_size=time, max_size=time)
+    return torch.tensor([draw(steps) for _ in range(rows)]).cumsum(-1).int()
+
+
+@given(shapes(), borders(), st.sampled_from(RUNS), st.data())
+def test_documents_in_one_sequence_equal_each_on_its_own(
+    shape: ParentShape, documents: Tensor, run: str, data: st.DataObject
+) -> None:
+    """Logits and gradients, over any shape, member and borders."""
+    parent, tokens = random_parent(shape), random_tokens(shape, *documents.shape)
+    architecture = data.draw(architectures(shape))
+    member = {"whole": None, "sliced": architecture, "masked": hard_keep(shape, architecture)}[run]
+    together = parent.logits(tokens, member, documents)
+    alone = separately(parent, tokens, member, documents)
+    assert_near(together, alone)
+    expected = gradients(parent, probe(alone))
+    assert_gradients_near(gradients(parent, probe(together)), expected)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_documents_longer_than_a_chunk_equal_each_on_its_own(run: str) -> None:
+    parent, documents = random_parent(tiny_shape()), ids(70, 1, 2, 130, 7)
+    assert leak(parent, tiny_run(run), documents) < 1e-4
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_another_first_document_does_not_reach_the_second(run: str) -> None:
+    """But for rounding: decays inside a chunk are differences of one running sum."""
+    parent, member, documents = random_parent(tiny_shape()), tiny_run(run), ids(9, 8)
+    tokens = random_tokens(parent.shape, 1, 17)
+    changed = tokens.clone()
+    changed[:, :9] = (changed[:, :9] + 1) % parent.shape.vocab_size
+    before, after = (parent.logits(row, member, documents) for row in (tokens, changed))
+    assert difference(after[:, 9:], before[:, 9:]) < 1e-5
+    assert difference(after[:, :9], before[:, :9]) > 0.1
+    before, after = parent.logits(tokens, member), parent.logits(changed, member)
+    assert difference(after[:, 9:], before[:, 9:]) > 0.01, "and without documents it does"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_document_is_the_plain_sequence(run: str) -> None:
+    parent, tokens = random_parent(tiny_shape()), random_tokens(tiny_shape())
+    plain = parent.logits(tokens, tiny_run(run))
+    one = torch.full_like(tokens, 5, dtype=torch.int32)
+    assert difference(parent.logits(tokens, tiny_run(run), one), plain) < 1e-5
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_recomputed_blocks_know_their_documents(run: str) -> None:
+    plain, tokens, documents = random_parent(tiny_shape()), random_tokens(tiny_shape()), ids(4, 5)
+    documents = documents.expand(2, -1)
+    thrifty = HybridParent(tiny_shape(), activation_checkpointing=True)
+    thrifty.load_state_dict(plain.state_dict())
+    expected = gradients(plain, probe(plain.logits(tokens, tiny_run(run), documents)))
+    actual = gradients(thrifty, probe(thrifty.logits(tokens, tiny_run(run), documents)))
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_bfloat16_stays_bfloat16_and_near_float32(run: str) -> None:
+    parent, documents = random_parent(tiny_shape()), ids(12, 8)
+    tokens, member = random_tokens(parent.shape, 1, 20), tiny_run(run)
+    exact = parent.logits(tokens, member, documents)
+    half = parent.bfloat16()
+    assert half(tokens, member, documents).dtype == torch.bfloat16
+    assert_near(half.logits(tokens, member, documents), exact, torch.bfloat16)
+
+
+def _without_documents(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def leaky(*arguments: object) -> Tensor:
+        return function(*arguments[:-1], None)
+
+    return leaky
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "breakage"),
+    [
+        (elastic.parent.ssd, "scan", _without_documents),
+        (Conv1d, "forward", _without_documents),
+        (
+            elastic.parent.hybrid,
+            "reach_within",
+            lambda whole: lambda ids: whole(torch.zeros_like(ids)),
+        ),
+    ],
+    ids=["state", "convolution", "attention"],
+)
+def test_the_comparison_notices_each_leak(
+    owner: object, name: str, breakage: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the guard."""
+    parent, documents = random_parent(tiny_shape()), ids(9, 8)
+    assert leak(parent, None, documents) < 1e-4
+    monkeypatch.setattr(owner, name, breakage(getattr(owner, name)))
+    assert leak(parent, None, documents) > 1e-2
+
+
+# In training: the end-of-text token begins the next document.
+
+END = 3
+WINDOW = torch.tensor(
+    [[5, 1, 4, END, 2, 2, 7, END, END, 9, 8], [END, 6, 1, 4, 4, 2, 5, 5, 1, 2, 0]]
+)
+"""(b, t + 1) text with five documents, one of them empty."""
+SPANS = [(0, 0, 3), (0, 3, 7), (0, 7, 8), (0, 8, 10), (1, 0, 10)]
+"""Row, first and last of their inputs; a target may be the end-of-text that follows."""
+
+
+def module_of(mode: str, start: int | None) -> ElasticModule:
+    """A stage on random parents; a frozen teacher where the mode has one."""
+    settings = StageConfig(mode=mode, tokens=20, sequence_length=10, batch_tokens=20, model_lr=1e-3)
+    (stage,) = plan({"only": settings}, TrainerConfig(), ["full"])
+    parent, teacher, family, optimizer = random_parent(tiny_shape()), None, None, None
+    if mode == "elastic":
+        teacher = LiveTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
+        family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
+    objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
+    return ElasticModule(
+        parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start
+    )
+
+
+def loss_by_documents(parent: HybridParent) -> Tensor:
+    """Mean loss of the window, each document in a call of its own."""
+    losses = []
+    for row, first, last in SPANS:
+        logits = parent.logits(WINDOW[row : row + 1, first:last])[0]
+        targets = WINDOW[row, first + 1 : last + 1]
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def test_a_step_learns_from_every_token_as_its_documents_alone_would() -> None:
+    """Loss and gradients."""
+    module = module_of("pretrain", END)
+    expected = loss_by_documents(module.parent)
+    wanted = gradients(module.parent, expected)
+    loss = module.training_step(WINDOW, 0)["loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients_near(gradients(module.parent, loss), wanted)
+    crossing = module_of("pretrain", None).training_step(WINDOW, 0)["loss"]
+    assert crossing.item() != pytest.approx(expected.item(), rel=1e-2)
+
+
+def test_validation_measures_what_training_learns() -> None:
+    module = module_of("pretrain", END)
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(model=module),
+        precision_plugin=SimpleNamespace(val_step_context=nullcontext),
+    )
+    losses, _ = BudgetValidation([WINDOW], 1)._measure(trainer, module, {PARENT: None})
+    assert losses[PARENT] == pytest.approx(loss_by_documents(module.parent).item(), rel=1e-5)
+
+
+def test_the_teacher_separates_documents_as_its_student_does() -> None:
+    module = module_of("elastic", END)
+    documents = (WINDOW[:, :-1] == END).cumsum(-1)
+    assert isinstance(module.teacher, LiveTeacher)
+    hidden, head = module.teacher.teach(WINDOW, "train", 0)
+    expected = separately(module.teacher.model, WINDOW[:, :-1], None, documents)
+    assert_near((hidden @ head.T).view_as(expected), expected)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_setting_decides(
+    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run gives its stages the tokenizer's end-of-text, or nothing."""
+    given: list[object] = []
+
+    def stop(*arguments: object) -> None:
+        given.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(elastic.training.run, "ElasticModule", stop)
+    setting = f"data.separate_documents={separate}".lower()
+    run = Run(small_settings(tmp_path / "run", setting, steps=(1, 1, 1)))
+    run.begin()
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    assert given == [run.data.tokenizer.eos_token_id if separate else None]
+    assert run.data.tokenizer.eos_token_id is not None
