@@ -24,11 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TESTS
 from helpers.run_differences import differences, weights_apart
 from helpers.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+}
 
 PHASES = ["start", "step", "metrics", "validation", "checkpoint", "freeze", "stage change"]
 """Of tests/helpers/kill_points.py."""

@@ -120,8 +120,10 @@ def test_the_mixer_core_is_the_composition(way: str, time: int) -> None:
     core = outputs_and_gradients(lambda: run(None), leaves)
     plain = outputs_and_gradients(lambda: run(one_document), leaves)
     assert_near(core[0], plain[0])
+    largest = max(float(gradient.abs().max()) for gradient in plain[1:])
     for value, wanted in zip(core[1:], plain[1:], strict=True):
-        scale = wanted.abs().max().clamp(min=1e-3)  # some cancel to nothing
+        # Some are sums that cancel to nothing: A_log's of a single step, for one.
+        scale = wanted.abs().max().clamp(min=1e-2 * largest)
         assert (value - wanted).abs().max() / scale <= 10 * TOLERANCE[torch.float32]
 
 

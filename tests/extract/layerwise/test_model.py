@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.layerwise import SIZES
 from safetensors.torch import load_file
-from tests.layerwise.test_register import SIZES
 from transformers import AutoModel, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.extract.layerwise.config import NemotronHElasticConfig
