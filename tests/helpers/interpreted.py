@@ -94,6 +94,7 @@ def main(path: str) -> None:
     # What follows imports transformers, which looks for mamba_ssm: it must be loadable by now.
     from helpers.strategies import (
         difference,
+        gradient_differences,
         gradients,
         probe,
         random_parent,
@@ -164,10 +165,7 @@ def main(path: str) -> None:
             found[choice] = gradients(parent, probe(logits[choice]))
         results[name] = {
             "logits": difference(logits["mamba_ssm"], logits["torch"]),
-            "gradients": {
-                tensor: difference(gradient, found["torch"][tensor])
-                for tensor, gradient in found["mamba_ssm"].items()
-            },
+            "gradients": gradient_differences(found["mamba_ssm"], found["torch"]),
             "kernels": ran.copy(),
         }
     print(json.dumps(results))

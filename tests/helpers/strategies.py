@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -218,11 +220,22 @@ def probe(logits: Tensor) -> Tensor:
     return (logits * weights).sum()
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest expected value."""
+def difference(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
+    """Largest difference as a share of the largest expected value, or of `floor` if that is
+    more."""
     assert actual.shape == expected.shape, f"{actual.shape} is not {expected.shape}"
     error = (actual.double() - expected.double()).abs().max().item()
-    return error / max(expected.abs().max().item(), 1e-30)
+    return error / max(expected.abs().max().item(), floor)
+
+
+def gradient_differences(
+    actual: Mapping[Any, Tensor], expected: Mapping[Any, Tensor]
+) -> dict[Any, float]:
+    """`difference` of every tensor by name. A gradient that is a sum that cancels, as A_log's of a
+    few steps is, counts as no smaller than a twentieth of the largest: its rounding error is that
+    of its terms."""
+    floor = 0.05 * max(float(gradient.abs().max()) for gradient in expected.values())
+    return {name: difference(actual[name], expected[name], floor) for name in expected}
 
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -67,7 +67,7 @@ def results() -> Results:
     ],
 )
 def test_kernels_equal_our_scan(path: str, case: str, kernel: str, results: Results) -> None:
-    """In logits and in every gradient, each as a share of its own largest value."""
+    """In logits and in every gradient: see `gradient_differences`."""
     result = results[path][case]
     assert result["kernels"] == [kernel]
     assert result["logits"] < 1e-5
