@@ -1,6 +1,8 @@
-"""SIGTERM and SIGUSR1 end a run between two steps, on all processes, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, on all processes, with a
+checkpoint."""
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}
-"""What a run leaves with: EX_TEMPFAIL, "start me again"; and what SIGTERM ever means (128 + 15)."""
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
+"""What a run leaves with: EX_TEMPFAIL, "start me again", at SIGUSR1; for the others what they mean
+everywhere (128 + their number). SIGINT is Ctrl-C."""
 
 
 class AgreedExit(SystemExit):
@@ -29,7 +32,8 @@ def exit_code(received: signal.Signals) -> int:
 
 
 def agree(requested: signal.Signals | None, device: torch.device) -> signal.Signals | None:
-    """The signal that any process has received, on all processes alike; SIGTERM before SIGUSR1.
+    """The signal that any process has received, on all processes alike: the first of
+    SIGTERM, SIGUSR1, SIGINT.
 
     Signals reach processes at different moments, or only one of them. Everybody must call this at
     the same place; it waits for the device.
@@ -42,15 +46,16 @@ def agree(requested: signal.Signals | None, device: torch.device) -> signal.Sign
 
 
 class StopSignals(Callback):
-    """Catches SIGTERM and SIGUSR1: at once where nothing would be lost, else for `StopOnSignal`.
+    """Catches the signals of `EXIT_CODES`: at once where nothing would be lost, else for
+    `StopOnSignal`.
 
     A context around all that a process does, from its first moments; and the first of Lightning's
     callbacks, since Lightning puts a handler of its own in front of ours in every fit. That one
     starts a broadcast from inside the handler, which no other process takes part in.
 
-    While `held`, a signal waits in `requested` for the end of the step (a second SIGTERM does not
-    wait). Else it raises SystemExit with its exit code: the last checkpoint is all there is to go
-    on from. Once the run has `ended` it changes nothing.
+    While `held`, a signal waits in `requested` for the end of the step (a second Ctrl-C or SIGTERM
+    does not wait). Else it raises SystemExit with its exit code: the last checkpoint is all there
+    is to go on from. Once the run has `ended` it changes nothing.
 
     Native code that calls Python may turn that exception into one of its own, or drop it: `kept`
     turns it back, and what was dropped still waits in `requested`.
@@ -101,11 +106,24 @@ class StopSignals(Callback):
         if self.ended:
             return
         received = signal.Signals(number)
-        again = self.requested == received == signal.SIGTERM
+        again = self.requested == received != signal.SIGUSR1
+        if received == signal.SIGINT:
+            _acknowledge(self.held and not again)
         self.requested = self.requested or received
         if not self.held or again:
             self._raised = received
             raise SystemExit(exit_code(received))
+
+
+def _acknowledge(waits: bool) -> None:
+    """Tell whoever pressed Ctrl-C what comes of it; once, though all processes of a terminal get
+    the signal.
+
+    Written straight to the descriptor: the handler may have interrupted a print.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        then = "a checkpoint follows the step at hand; again: leave at once" if waits else "leaving"
+        os.write(2, f"\nCtrl-C: {then}. The same command goes on.\n".encode())
 
 
 class StopOnSignal(Callback):

@@ -50,8 +50,7 @@ class RunConfig:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         for name, stage in self.curriculum.stages.items():
             where = f"curriculum.stages.{name}"
-            for drawn in stage.budget_probabilities or {}:
-                one_of(f"{where}.budget_probabilities", drawn, tuple(self.budgets))
+            _check_listed(f"{where}.budget_probabilities", stage.budget_probabilities, self.budgets)
             passes = f"{where}.budgets_per_batch", stage.budgets_per_batch
             require(
                 stage.budgets_per_batch != "sandwich" or len(self.budgets) >= 3,
@@ -98,6 +97,26 @@ class RunConfig:
                 "curriculum.stages: a parent built from parent.shape is random; "
                 "must start with a pretrain stage, or set parent.path"
             )
+
+
+def _check_listed(
+    key: str, probabilities: dict[str, float] | None, budgets: dict[str, BudgetConfig]
+) -> None:
+    """A stage that lists probabilities lists every budget and no other: one that is not listed
+    would silently never be drawn."""
+    listed = probabilities if probabilities is not None else dict.fromkeys(budgets, 0.0)
+    unknown = [name for name in listed if name not in budgets]
+    unlisted = [name for name in budgets if name not in listed]
+    wrong = f"{unknown[0]} is no budget" if unknown else f"{', '.join(unlisted)} would not be drawn"
+    example = ",".join(f"{name}:..." for name in budgets)
+    removed = " ".join(f"'~{key}.{name}'" for name in unknown)
+    require(
+        not unknown and not unlisted,
+        key,
+        dict(listed),
+        f"a share of every budget, and {wrong}; set {key}=null to draw all alike, or give shares "
+        f"that sum to 1: '{key}={{{example}}}'{' ' if removed else ''}{removed}",
+    )
 
 
 @dataclass(kw_only=True)

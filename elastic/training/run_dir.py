@@ -42,11 +42,24 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
     before, now = _flat(yaml.safe_load(stored.read_text())), _flat(asdict(config))
     for key in sorted(before.keys() | now.keys()):
         may_change = any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
-        if not may_change and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}={now.get(key)}: run_dir={run_dir} was started with "
-                f"{before.get(key)}; must be that, or choose another run_dir"
-            )
+        if may_change or before.get(key) == now.get(key):
+            continue
+        if key not in now:
+            what = f"{key}: not set, but run_dir={run_dir} was started with {_shown(before[key])}"
+            way = f"must be set to that (+{key}=...)"
+        elif key not in before:
+            what = f"{key}={_shown(now[key])}: run_dir={run_dir} was started without it"
+            way = "must be left out"
+        else:
+            what = f"{key}={_shown(now[key])}: run_dir={run_dir} was started with "
+            what, way = what + _shown(before[key]), "must be that"
+        raise ConfigError(f"{what}; {way}, or choose another run_dir")
+
+
+def _shown(value: object) -> str:
+    """A value as one writes it on the command line."""
+    names = {"None": "null", "True": "true", "False": "false"}
+    return names.get(str(value), str(value))
 
 
 def _matters(path: Path) -> bool:

@@ -23,10 +23,11 @@ from typing import Any
 from helpers.paths import ROOT
 
 import elastic.storage.writing
-import elastic.training.checkpoint
 import elastic.training.launch
+import elastic.training.rank
 import elastic.training.resume.store
 import elastic.training.run
+import elastic.training.write
 from elastic.parent import HybridParent
 from elastic.routing.family import Family
 from elastic.training.callbacks import BudgetValidation
@@ -43,10 +44,10 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     "checkpoint": [(CheckpointStore, "save")],
     "freeze": [(Family, "freeze")],
     "stage change": [
-        (elastic.training.checkpoint, "write_parent"),
-        (elastic.training.run, "rank"),
-        (elastic.training.run, "sort_checkpoint"),
-        (elastic.training.checkpoint, "write_elastic"),
+        (elastic.training.run, "write_parent"),
+        (elastic.training.rank, "rank"),
+        (elastic.training.rank, "sort_checkpoint"),
+        (elastic.training.run, "write_elastic"),
     ],
 }
 """Every call of these is a point when it begins and when it has ended, and so is every operation
@@ -58,7 +59,7 @@ OPERATIONS: list[tuple[Any, str]] = [*FILES, (shutil, "rmtree"), (HybridParent, 
 
 WRITERS: list[tuple[Any, str]] = [
     (elastic.training.resume.store, "save_file"),
-    (elastic.training.checkpoint, "save_file"),
+    (elastic.training.write, "save_file"),
     (elastic.storage.writing, "write_shard"),
     (sys.modules["elastic.importance.rank"], "save_file"),
 ]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import elastic.parent.hybrid
 import elastic.parent.ssd
-import elastic.training.run
+import elastic.training.train
 from elastic.config import ObjectiveConfig, OptimConfig, ParentShape, StageConfig, TrainerConfig
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import Conv1d
@@ -263,11 +263,11 @@ def test_the_setting_decides(
         given.append(arguments[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(elastic.training.run, "ElasticModule", stop)
+    monkeypatch.setattr(elastic.training.train, "ElasticModule", stop)
     setting = f"data.separate_documents={separate}".lower()
     run = Run(small_settings(tmp_path / "run", setting, steps=(1, 1, 1)))
     run.begin()
     with pytest.raises(KeyboardInterrupt):
         run.execute()
-    assert given == [run.data.tokenizer.eos_token_id if separate else None]
-    assert run.data.tokenizer.eos_token_id is not None
+    assert given == [run.setup.data.tokenizer.eos_token_id if separate else None]
+    assert run.setup.data.tokenizer.eos_token_id is not None

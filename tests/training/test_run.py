@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-import elastic.training.run
+import elastic.training.train
 from elastic.config import ConfigError, EvaluateConfig, RunConfig
 from elastic.evaluate.family import evaluate
 from elastic.members.architecture import Architecture
@@ -163,7 +163,7 @@ def stop_at(stops: list[int], run_dir: Path, monkeypatch: pytest.MonkeyPatch, *o
     for stop in stops:
         stopper = Stop(stop)
         with monkeypatch.context() as patch:
-            patch.setattr(elastic.training.run, "Progress", lambda one=stopper: one)
+            patch.setattr(elastic.training.train, "Progress", lambda one=stopper: one)
             with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
                 launch(brief(run_dir, *over))
 
@@ -226,14 +226,14 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     run_dir = tmp_path_factory.mktemp("runs") / "shared"
     run = Shared([*ALL_THEN_SANDWICH, *request.param], run_dir, [])
 
-    class Ends(elastic.training.run.Progress):
+    class Ends(elastic.training.train.Progress):
         def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
             assert isinstance(module, ElasticModule) and self.bar is not None
             run.ends.append((module, self.bar.n))
             super().on_train_end(trainer, module)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elastic.training.run, "Progress", Ends)
+        patch.setattr(elastic.training.train, "Progress", Ends)
         launch(brief(run_dir, *run.overrides))
     return run
 

@@ -1,27 +1,32 @@
-"""Writing the elastic checkpoint: one directory, replaced whole (design: contracts)."""
+"""Step 5 of a run: write the parent and the elastic checkpoint, directories that are replaced
+whole."""
 
+import logging
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
-from elastic.config import ParentShape, RunConfig
+from elastic.cluster.place import wait_for_all
+from elastic.config import ParentShape
 from elastic.importance import Ranking
 from elastic.members.cut import tensor_shapes
 from elastic.members.search import Choice
 from elastic.parent.companions import copy_companions, licence_of
 from elastic.parent.weights import open_weights, save_weights
-from elastic.routing.family import Family
+from elastic.routing.curriculum import Stage
+from elastic.routing.family import Family, describe
 from elastic.storage.files import atomic_directory, digest
 from elastic.storage.manifest import Manifest, Member
 from elastic.storage.writing import Pending
 from elastic.training.resume import Pieces
+from elastic.training.setup import Setup
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("elastic", "torch", "transformers", "lightning", "safetensors", "tokenizers")
 
@@ -34,18 +39,6 @@ def git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
-
-
-def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any] | None) -> dict:
-    """What config.json says beside the sizes: the parent's own words, or the tokenizer's ids."""
-    if parent_config is not None:
-        return parent_config
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    return {"chunk_size": 128, **ids}
 
 
 def _weights(
@@ -67,20 +60,19 @@ def _dtypes(source: Path) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in open_weights(source)[1].items()}
 
 
-def write_parent(
-    directory: Path,
-    shape: ParentShape,
-    pieces: Pieces,
-    tokenizer: PreTrainedTokenizerBase,
-    base_config: dict[str, Any],
-) -> None:
-    """Write a parent that was trained here as an ordinary checkpoint with its tokenizer."""
-    with atomic_directory(directory, replace=True) as temporary:
-        save_weights(temporary, shape, _weights(shape, pieces, {}), base_config)
-        tokenizer.save_pretrained(temporary)
+def write_parent(setup: Setup, pieces: Pieces) -> None:
+    """Write the parent that was trained here as an ordinary checkpoint with its tokenizer: on the
+    first process, once all have come here; the others wait."""
+    if setup.place.rank == 0:
+        with atomic_directory(setup.original, replace=True) as temporary:
+            weights = _weights(setup.shape, pieces, {})
+            save_weights(temporary, setup.shape, weights, setup.base_config)
+            setup.data.tokenizer.save_pretrained(temporary)
+        log.info("parent written to %s", setup.original)
+    wait_for_all()
 
 
-def is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
+def _is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
     """Whether an elastic checkpoint is there, written after so many tokens of every stage."""
     try:
         return Manifest.read(directory).provenance["tokens_seen"] == tokens_seen
@@ -94,24 +86,36 @@ def _hub_id(path: str | None) -> str | None:
 
 
 def write_elastic(
+    setup: Setup, stage: Stage, pieces: Pieces, family: Family, ranking: Ranking
+) -> None:
+    """Write the elastic checkpoint at a stage's end, on the first process; the others wait.
+
+    The old one stays until the new one is whole; one that this stage has written is left as it is.
+    """
+    seen = {s.name: s.tokens for s in setup.stages if s.index <= stage.index}
+    directory = setup.run_dir / "elastic"
+    if setup.place.rank == 0 and not _is_of(directory, seen):
+        choices = family.choices(stage.progress(stage.steps))
+        _write_directory(setup, directory, pieces, family, choices, ranking, seen)
+        log.info("elastic checkpoint after stage %s:\n%s", stage.name, describe(choices))
+    wait_for_all()
+
+
+def _write_directory(
+    setup: Setup,
     directory: Path,
-    config: RunConfig,
-    shape: ParentShape,
     pieces: Pieces,
-    tokenizer: PreTrainedTokenizerBase,
-    base_config: dict[str, Any],
-    source: Path | None,
     family: Family,
     choices: dict[str, Choice],
     ranking: Ranking,
     tokens_seen: dict[str, int],
 ) -> None:
-    """Write the sorted parent, tokenizer, router and elastic.json; the old directory stays until
-    then.
+    """The sorted parent, tokenizer, router and elastic.json.
 
     No more than one tensor of the weights is in memory. Those of a parent that came as a checkpoint
-    (`source`) are written in the types that they had there, and its licence comes along.
+    are written in the types that they had there, and its licence comes along.
     """
+    config, source = setup.config, setup.source
     budgets = {
         name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
         for name, choice in choices.items()
@@ -131,8 +135,10 @@ def write_elastic(
     )
     with atomic_directory(directory, replace=True) as temporary:
         dtypes = {} if source is None else _dtypes(source)
-        save_weights(temporary, shape, _weights(shape, pieces, dtypes), base_config)
-        tokenizer.save_pretrained(temporary)
+        save_weights(
+            temporary, setup.shape, _weights(setup.shape, pieces, dtypes), setup.base_config
+        )
+        setup.data.tokenizer.save_pretrained(temporary)
         if source is not None:
             copy_companions(source, temporary, tokenizer=False)
         router = {

@@ -1,0 +1,76 @@
+"""Setup -> the parts that train: the parent, the family of its members, and their teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic.importance import Ranking
+from elastic.parent import HybridParent
+from elastic.parent.weights import load_parent
+from elastic.routing.family import Family
+from elastic.routing.router import Router
+from elastic.teacher import Teacher, build_teacher, contents_of
+from elastic.training.setup import Setup
+
+
+def blank(setup: Setup) -> HybridParent:
+    """A parent whose weights are set next."""
+    checkpointing = setup.config.parent.activation_checkpointing
+    return HybridParent(setup.shape, setup.kernels, checkpointing)
+
+
+def initial(setup: Setup) -> HybridParent:
+    """A random parent, where pretraining starts; a function of the seed."""
+    return blank(setup).initialise(torch.Generator().manual_seed(setup.config.seed))
+
+
+def load(setup: Setup, directory: Path) -> HybridParent:
+    """The parent of a checkpoint."""
+    return load_parent(directory, setup.kernels, setup.config.parent.activation_checkpointing)
+
+
+def family_of(setup: Setup, ranking: Ranking) -> Family:
+    """Budgets, and the router that chooses a member for each."""
+    config = setup.config
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    router = Router(setup.space, len(setup.targets), config.router, generator)
+    return Family(
+        setup.space,
+        ranking.drop_order,
+        setup.targets,
+        router.to(setup.device),
+        config.router,
+        config.space,
+        config.objective,
+    )
+
+
+def cached_teacher(setup: Setup) -> Teacher | None:
+    """The teacher, where it is read from a cache; looked at whole, so that what is missing stops a
+    run before it trains."""
+    config = setup.config
+    if config.objective.teacher != "stored":
+        return None
+    vocabulary = setup.shape.vocab_size
+    wanted = contents_of(config, setup.stages, setup.data, setup.original, vocabulary)
+    return _teacher(setup, None, wanted=wanted)
+
+
+def online_teacher(setup: Setup) -> Teacher | None:
+    """The frozen parent; None where the full budget teaches."""
+    if setup.config.objective.teacher == "in_place":
+        return None
+    return _teacher(setup, load(setup, setup.original))
+
+
+def _teacher(setup: Setup, parent: HybridParent | None, **cached: Any) -> Teacher:
+    return build_teacher(
+        setup.config.objective,
+        parent,
+        setup.config.trainer.precision,
+        setup.document_start,
+        setup.place.world_size,
+        setup.place.rank,
+        **cached,
+    )

@@ -1,0 +1,91 @@
+"""Step 1 of a run: everything that can be known to be wrong is found before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from elastic.cluster.place import Place, find_device
+from elastic.cluster.strategies import check_zero
+from elastic.config import ParentShape, RunConfig
+from elastic.data import check_vocabulary, prepare_data
+from elastic.losses import check_objective
+from elastic.members.architecture import Architecture, Space
+from elastic.members.cost import parameters
+from elastic.members.search import check_reachable, targets_of
+from elastic.parent.ssd import resolve_kernels
+from elastic.parent.stock import read_config
+from elastic.parent.weights import locate, open_weights
+from elastic.routing.curriculum import check_budgets, plan
+from elastic.teacher import check_teacher
+from elastic.training.run_dir import check_run_dir
+from elastic.training.setup import Setup
+from elastic.training.text import calibration_text, stage_text
+
+
+def check(config: RunConfig, place: Place) -> Setup:
+    """Check settings against one another, the run directory, the parent, the text and the machine.
+
+    Nothing is written, but a parent is downloaded where it has to be.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+        ValueError: the parent's checkpoint cannot be read.
+    """
+    check_run_dir(config, first=place.rank == 0)
+    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    if config.parent.path is not None and config.parent.shape is not None:
+        check_sizes(config, config.parent.shape)  # before a download of hours
+    source, parent_config, shape = find_parent(config)
+    space, targets = check_sizes(config, shape)
+    check_objective(config.objective, shape.vocab_size)
+    device = find_device(config.trainer)
+    check_zero(config.trainer, device)
+    check_teacher(config.objective.teacher, config.trainer.world_size)
+    kernels = resolve_kernels(config.parent.kernels, device)
+    tokenizer = None if source is None else str(source)
+    data = prepare_data(config.data, Path(config.run_dir) / "data", tokenizer)
+    check_vocabulary(data.tokenizer, shape.vocab_size)
+    base_config = stock_base(data.tokenizer, parent_config)
+    setup = Setup(
+        config, place, stages, source, shape, space, targets, data, base_config, device, kernels
+    )
+    for stage in stages:  # every sequence length must fit into the text, the calibration's too
+        stage_text(setup, stage, 0)
+    calibration_text(setup)
+    return setup
+
+
+def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any] | None) -> dict:
+    """What config.json says beside the sizes: the parent's own words, or the tokenizer's ids."""
+    if parent_config is not None:
+        return parent_config
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return {"chunk_size": 128, **ids}
+
+
+def find_parent(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None, ParentShape]:
+    """Where the parent is, its config.json and its sizes; None, None for one trained here."""
+    if config.parent.path is None:
+        assert config.parent.shape is not None
+        return None, None, config.parent.shape
+    source = locate(config.parent.path)
+    shape, _ = open_weights(source)
+    config.parent.check_shape(shape)
+    return source, read_config(source), shape
+
+
+def check_sizes(config: RunConfig, shape: ParentShape) -> tuple[Space, dict[str, int]]:
+    """The space, and targets largest first; every budget must be reachable."""
+    space = Space.build(config.space, shape)
+    targets = targets_of(config.budgets, shape)
+    full = parameters(shape, Architecture.full(shape))
+    in_place = config.objective.teacher == "in_place"
+    check_budgets(config.curriculum.stages, targets, full, in_place)
+    limits = config.space.tolerance, config.space.nested
+    check_reachable(space, targets, config.importance, *limits)
+    return space, targets

@@ -1,0 +1,17 @@
+"""Step 2 of a run: take the run directory."""
+
+from elastic.storage.files import recover, sweep
+from elastic.training.run_dir import write_config
+from elastic.training.setup import Setup
+
+
+def prepare(setup: Setup) -> None:
+    """Write settings and tokens, remove what a killed run has left; the first process alone."""
+    if setup.place.rank != 0:
+        return
+    setup.run_dir.mkdir(parents=True, exist_ok=True)
+    sweep(setup.run_dir)
+    for name in ("parent", "sorted", "elastic"):
+        recover(setup.run_dir / name)
+    write_config(setup.config)
+    setup.data.save(setup.run_dir / "data")

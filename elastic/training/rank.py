@@ -1,0 +1,45 @@
+"""Step 3 of a run: rank widths and layers of the trained parent, and sort its weights by them."""
+
+import logging
+
+from elastic.cluster.place import first_alone
+from elastic.importance import Ranking, is_sorted, rank, read_ranking, sort_checkpoint
+from elastic.parent import HybridParent
+from elastic.storage.files import atomic_directory
+from elastic.training.build import load
+from elastic.training.setup import Setup
+from elastic.training.text import calibration_text
+
+log = logging.getLogger(__name__)
+
+
+def rank_parent(setup: Setup) -> Ranking:
+    """Rank on the first process; the others read what it has written."""
+    scores = setup.run_dir / "importance" / "scores.safetensors"
+    with first_alone(setup.place):
+        if setup.place.rank != 0:
+            smallest_head_dim = setup.space.choices["mamba_head_dim"][-1]
+            return read_ranking(scores, setup.shape, smallest_head_dim)
+        ranking = rank(
+            setup.original,
+            lambda: load(setup, setup.original).to(setup.device).eval(),
+            calibration_text(setup).to(setup.device),
+            setup.config.importance,
+            setup.space,
+            setup.config.seed,
+            setup.data.fingerprint,
+            scores,
+        )
+    log.info("layers by importance, least first: %s", list(ranking.drop_order))
+    return ranking
+
+
+def sorted_parent(setup: Setup, ranking: Ranking) -> HybridParent:
+    """Where elastic training starts; sorted on disk by the first process, once."""
+    directory = setup.run_dir / "sorted"
+    with first_alone(setup.place):
+        if setup.place.rank == 0 and not is_sorted(directory, ranking):
+            log.info("sorting the weights into %s", directory)
+            with atomic_directory(directory, replace=True) as temporary:
+                sort_checkpoint(setup.original, temporary, ranking)
+    return load(setup, directory)

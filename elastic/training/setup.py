@@ -1,0 +1,53 @@
+"""What the steps of a run share: the settings, and all that was worked out from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic.cluster.place import Place
+from elastic.config import ParentShape, RunConfig
+from elastic.data import PreparedData
+from elastic.members.architecture import Space
+from elastic.routing.curriculum import Stage
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that can be run, and all that its steps need to know."""
+
+    config: RunConfig
+    place: Place
+    stages: list[Stage]
+    source: Path | None
+    """Checkpoint of a parent that was given; None where it is trained here."""
+    shape: ParentShape
+    space: Space
+    targets: dict[str, int]
+    """Parameters that each budget asks for, largest first."""
+    data: PreparedData
+    base_config: dict[str, Any]
+    """What a written config.json says beside the sizes."""
+    device: torch.device
+    kernels: str
+    """`torch` or `mamba_ssm`."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def original(self) -> Path:
+        """Where the parent as it was found or trained is, or will be once it is pretrained."""
+        return self.source or self.run_dir / "parent"
+
+    @property
+    def document_start(self) -> int | None:
+        """The token that begins a document, where documents are kept apart."""
+        separate = self.config.data.separate_documents
+        return self.data.tokenizer.eos_token_id if separate else None
+
+    def stages_of(self, mode: str) -> list[Stage]:
+        """Stages of `pretrain` or of `elastic`."""
+        return [stage for stage in self.stages if stage.config.mode == mode]
