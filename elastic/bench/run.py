@@ -33,7 +33,7 @@ from elastic.parent import HybridParent
 from elastic.routing.curriculum import Stage, plan
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
-from elastic.teacher import LiveTeacher
+from elastic.teacher import OnlineTeacher
 from elastic.training.module import ElasticModule
 
 SEQUENCES = 64
@@ -139,7 +139,7 @@ class _Bench:
         self.space = Space.build(config.space, self.shape)
         self.targets = {name: choice.params for name, choice in choices.items()}
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
-        self.teacher = LiveTeacher(self.parent, config.precision, None)
+        self.teacher = OnlineTeacher(self.parent, config.precision, None)
         self.families = {frozen: self._family() for frozen in (False, True)}
         self.families[True].freeze(choices)
         text = random_tokens(self.shape.vocab_size, SEQUENCES, config.sequence_length, config.seed)

@@ -27,7 +27,7 @@ from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import stock_config
 from elastic.routing.curriculum import plan
-from elastic.teacher import LiveTeacher
+from elastic.teacher import OnlineTeacher
 from elastic.training.module import PARENT, ElasticModule
 
 WIDTHS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
@@ -136,7 +136,7 @@ class TrainingStep:
         self.device = next(parent.parameters()).device
         self.batch = batch.to(self.device)
         self.precision = precision
-        self.teacher = LiveTeacher(parent, precision, None) if distils else None
+        self.teacher = OnlineTeacher(parent, precision, None) if distils else None
         if self.teacher is not None:
             self.teacher.start(self.device, "bench")
         parent.to(_stored(precision))
@@ -152,7 +152,7 @@ class TrainingStep:
         with autocast(self.device, self.precision):
             student = module.head(batch, member)
             if self.teacher is not None:
-                teacher = self.teacher.teach(batch, "train", 0)
+                teacher = self.teacher.distributions(batch, "train", 0)
             targets = batch[:, 1:].flatten()
             loss = token_terms(student, teacher, targets, module.objective)["total"]
         module.optimizer_zero_grad(0, 0, self.optimizer)

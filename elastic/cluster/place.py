@@ -107,7 +107,7 @@ def first_alone(place: Place) -> Iterator[None]:
         from_first(done)
 
 
-def open_door(port: int, visitors: int) -> socket.socket:
+def listen(port: int, visitors: int) -> socket.socket:
     """A port for other processes, on every address of this machine; 0 is any free one.
 
     Raises:

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from elastic.cluster.place import Place, open_door
+from elastic.cluster.place import Place, listen
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _listen(first: int) -> socket.socket:
     """The first free port of some, on every address of this machine."""
     for port in range(first, first + PORTS):
         try:
-            return open_door(port, 1024)
+            return listen(port, 1024)
         except OSError:
             continue
     raise NobodyCame(

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from elastic.cluster.place import Place, from_all, from_first, open_door
+from elastic.cluster.place import Place, from_all, from_first, listen
 from elastic.cluster.requeue import may_requeue, requeue
 from elastic.cluster.signals import EXIT_CODES, AgreedExit
 
@@ -89,7 +89,7 @@ class Watchdog:
         bell, self._rope = socket.socketpair()  # pulling it wakes the thread
         self._selector.register(bell, selectors.EVENT_READ)
         if self.place.rank == 0:
-            self._door = open_door(0, self.place.world_size)
+            self._door = listen(0, self.place.world_size)
             self._selector.register(self._door, selectors.EVENT_READ)
             self._token = secrets.token_hex(8)
             from_first((self._token, self._door.getsockname()[1], *_myself()))

@@ -18,11 +18,11 @@ from elastic.config.bench import (
 )
 from elastic.config.checks import ConfigError, explain, parse
 from elastic.config.commands import (
+    CacheConfig,
+    CacheTeacherConfig,
     EvaluateConfig,
     ExtractConfig,
     RunConfig,
-    StoreConfig,
-    TeachConfig,
 )
 from elastic.config.model import (
     AXES,
@@ -77,8 +77,8 @@ __all__ = [
     "SpaceConfig",
     "StageConfig",
     "StepBenchConfig",
-    "StoreConfig",
-    "TeachConfig",
+    "CacheConfig",
+    "CacheTeacherConfig",
     "TrainerConfig",
     "explain",
     "parse",

@@ -120,13 +120,13 @@ def _check_listed(
 
 
 @dataclass(kw_only=True)
-class StoreConfig:
-    """How `python -m elastic.teacher` writes its store."""
+class CacheConfig:
+    """How `elastic cache-teacher` writes its cache."""
 
     shard_sequences: int = 64
     """Sequences per file; a worker holds one file's in memory, and loses no more when killed."""
     log_probs: str = "float16"
-    """Type of the stored log-probabilities; or float32."""
+    """Type of the cached log-probabilities; or float32."""
     batch_tokens: int = 8192
     """Tokens per forward pass of the teacher, rounded down to whole sequences; at least one."""
     worker: int = 0
@@ -135,30 +135,30 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         for name in ("shard_sequences", "batch_tokens", "workers"):
-            require(getattr(self, name) > 0, f"teach.{name}", getattr(self, name), "positive")
-        one_of("teach.log_probs", self.log_probs, ("float16", "float32"))
+            require(getattr(self, name) > 0, f"cache.{name}", getattr(self, name), "positive")
+        one_of("cache.log_probs", self.log_probs, ("float16", "float32"))
         require(
             0 <= self.worker < self.workers,
-            "teach.worker",
+            "cache.worker",
             self.worker,
-            f"at least 0 and below teach.workers={self.workers}",
+            f"at least 0 and below cache.workers={self.workers}",
         )
 
 
 @dataclass(kw_only=True)
-class TeachConfig(RunConfig):
-    """Everything `python -m elastic.teacher` reads: the run that the store is for, so that the
+class CacheTeacherConfig(RunConfig):
+    """Everything `elastic cache-teacher` reads: the run that the cache is for, so that the
     order of its text is that run's, and how to write."""
 
-    teach: StoreConfig
+    cache: CacheConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.objective.teacher == "stored",
+            self.objective.teacher == "offline",
             "objective.teacher",
             self.objective.teacher,
-            "stored: the store is for such a run",
+            "offline: the cache is for such a run",
         )
 
 

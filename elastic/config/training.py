@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from elastic.config.checks import one_of, require
 
-TEACHERS = ("replicated", "zero3", "cpu_offload", "stored", "in_place")
+TEACHERS = ("replicated", "zero3", "cpu_offload", "offline", "in_place")
 """Where the frozen parent is, or what stands in for it."""
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
@@ -23,17 +23,17 @@ class ObjectiveConfig:
     """Divergence from the teacher."""
     teacher: str = "replicated"
     """The frozen, unsorted parent: `replicated` on every device, `zero3` partitioned over the
-    processes, `cpu_offload` in host memory and streamed block by block, or `stored`, read from what
-    `python -m elastic.teacher` wrote. `in_place` is the full budget's pass over the same batch,
-    which itself learns by cross-entropy alone."""
-    store: str | None = None
-    """Directory of a stored teacher."""
+    processes, `cpu_offload` in host memory and streamed block by block, or `offline`: its cached
+    top-k log-probabilities, which `elastic cache-teacher` wrote. `in_place` is the full budget's
+    pass over the same batch, which itself learns by cross-entropy alone."""
+    teacher_cache: str | None = None
+    """Directory that `elastic cache-teacher` wrote, for `offline`."""
     divergence: str = "forward_kl"
     """`forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the
     Jensen-Shannon divergence, both models weighing half."""
     top_k: int | None = None
-    """Tokens that the teacher names; all others are one ghost token. null is the whole
-    vocabulary."""
+    """Most probable tokens of the teacher that are told apart; all others count as one remainder.
+    null is the whole vocabulary."""
     temperature: float = 1.0
     """Distillation temperature, for both models."""
     cross_entropy_weight: float = 0.0
@@ -69,16 +69,16 @@ class ObjectiveConfig:
             "positive with objective.teacher=in_place: the full budget has nothing else to learn",
         )
         require(
-            self.teacher != "stored" or self.store is not None,
-            "objective.store",
-            self.store,
-            "the directory that python -m elastic.teacher wrote, with objective.teacher=stored",
+            self.teacher != "offline" or self.teacher_cache is not None,
+            "objective.teacher_cache",
+            self.teacher_cache,
+            "the directory that elastic cache-teacher wrote, with objective.teacher=offline",
         )
         require(
-            self.teacher != "stored" or self.top_k is not None,
+            self.teacher != "offline" or self.top_k is not None,
             "objective.top_k",
             self.top_k,
-            "the store's number of tokens with objective.teacher=stored",
+            "the cache's number of tokens with objective.teacher=offline",
         )
         one_of("objective.divergence", self.divergence, DIVERGENCES)
         if self.top_k is not None:

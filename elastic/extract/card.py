@@ -8,7 +8,7 @@ import yaml
 from elastic.extract.slice import LAYERS, OpenMember, sizes_of
 from elastic.members.architecture import Architecture, AttentionLayer, Layer, MambaLayer, MLPLayer
 from elastic.members.cost import parameters
-from elastic.parent.companions import companions, licence_of
+from elastic.parent.small_files import licence_of, small_files
 from elastic.storage.manifest import Member
 
 NAME = "README.md"
@@ -25,7 +25,7 @@ LOADERS = {
 def _licence(member: OpenMember) -> tuple[dict[str, str], str]:
     """Front matter and a sentence about the licence; nothing is made up."""
     stated = member.manifest.provenance.get("licence") or licence_of(member.checkpoint)
-    files = [path.name for path in companions(member.checkpoint, tokenizer=False)]
+    files = [path.name for path in small_files(member.checkpoint, tokenizer=False)]
     licences = [name for name in files if name.startswith(("LICENSE", "LICENCE"))]
     notices = [name for name in files if name.startswith("NOTICE")]
     links = " and ".join(f"[{name}]({name})" for name in (*licences, *notices))

@@ -10,7 +10,7 @@ from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import verify
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
-from elastic.parent.companions import companions, copy_companions
+from elastic.parent.small_files import copy_small_files, small_files
 from elastic.storage.files import atomic_directory, require_space, write_json
 from elastic.storage.progress import Progress
 from elastic.storage.writing import write_shards
@@ -35,12 +35,12 @@ def extract(config: ExtractConfig) -> Path:
     member = open_member(Path(config.checkpoint), config.budget, dtype, config.export)
     pending = list(member.tensors())
     size = sum(tensor.bytes for tensor in pending)
-    small = sum(path.stat().st_size for path in companions(member.checkpoint))
+    small = sum(path.stat().st_size for path in small_files(member.checkpoint))
     require_space(output, size + small + _ROOM_BYTES)
     print(summary(member, size))
     with atomic_directory(output) as temporary:
         write_json(temporary / "config.json", member.config)
-        copy_companions(member.checkpoint, temporary)
+        copy_small_files(member.checkpoint, temporary)
         _write_provenance(member, temporary)
         with Progress(size, "writing") as progress:
             write_shards(temporary, pending, config.max_shard_bytes, progress)

@@ -35,7 +35,7 @@ def check_blocks(
 ) -> tuple[float, int]:
     """Compare blocks of transformers with the parent's full-width blocks under hard masks.
 
-    `model` is on the meta device and stays there, `stored` has its weights. Returns the largest
+    `model` is on the meta device and stays there, `offline` has its weights. Returns the largest
     difference of what a block adds to the residual stream, as a share of the largest value, and the
     number of blocks; samples of embedding, final norm and head count too.
 

@@ -19,7 +19,7 @@ from elastic.importance.rank import Ranking
 from elastic.importance.score import Orders
 from elastic.members.cut import Ranges, tensor_shapes
 from elastic.parent import HybridParent
-from elastic.parent.companions import copy_companions
+from elastic.parent.small_files import copy_small_files
 from elastic.parent.stock import read_config
 from elastic.parent.weights import open_weights, save_weights
 from elastic.storage.ahead import ahead
@@ -141,7 +141,7 @@ def sort_checkpoint(
         tensors.append(Pending(name, size, store[name].dtype, blocks))
     with Progress(sum(tensor.bytes for tensor in tensors), "sorting") as progress:
         save_weights(target, shape, tensors, read_config(source), max_shard_bytes, progress)
-    copy_companions(source, target)
+    copy_small_files(source, target)
     write_json(target / RANKING, {"key": ranking.key})
 
 

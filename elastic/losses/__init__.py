@@ -5,7 +5,7 @@ whole.
 """
 
 from elastic.losses.chunked import Head, top_k_and_text, top_k_of
-from elastic.losses.divergences import TopK, distillation_dense, ghost_dense
+from elastic.losses.divergences import TopK, distillation_dense, remainder_dense
 from elastic.losses.terms import (
     budget_distance,
     check_objective,
@@ -20,7 +20,7 @@ __all__ = [
     "budget_distance",
     "check_objective",
     "distillation_dense",
-    "ghost_dense",
+    "remainder_dense",
     "identity_distance",
     "router_terms",
     "token_terms",

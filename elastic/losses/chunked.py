@@ -319,7 +319,7 @@ def _constant(indices: Tensor, value: float, like: Tensor) -> Tensor:
 
 
 def _top_k(reader: _Reader, rows: slice, k: int, temperature: float, buffers: _Buffers) -> TopK:
-    """What a teacher says about some tokens, cut to k."""
+    """A teacher's distributions for some tokens, cut to k."""
     return _cut(reader.logits(rows), rows, k, temperature, buffers)
 
 

@@ -1,7 +1,7 @@
 """Divergences of a student's next-token distribution from its teacher's: plain, and closed forms.
 
 p is the teacher's distribution and q the student's, over events: every token of the vocabulary, or
-the k tokens that the teacher names and a ghost token for all others. Everything is in nats.
+the k tokens that the teacher names and one remainder for all others. Everything is in nats.
 
 The plain functions are the specification: autograd differentiates them, on logits that exist whole.
 The closed forms, named with torch's trailing underscore, work in the memory of their arguments and
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """What a teacher says about each token, cut to its k most probable continuations.
+    """A teacher's distribution for each token, cut to its k most probable continuations.
 
     Attributes:
         indices: (tokens, k) int64, k different entries of the vocabulary.
@@ -32,9 +32,9 @@ class TopK:
         return TopK(self.indices[tokens], self.log_probs[tokens])
 
     def log_events(self, vocabulary: int, dtype: torch.dtype) -> Tensor:
-        """Log-probabilities of the named tokens and of the ghost token, (tokens, k + 1).
+        """Log-probabilities of the named tokens and of the remainder, (tokens, k + 1).
 
-        With the whole vocabulary named there is no ghost token: (tokens, k). What is left for the
+        With the whole vocabulary named there is no remainder: (tokens, k). What is left for the
         ghost token is known to the rounding of the named tokens' sum, so that it never counts as
         less than that; and stored values are rounded, so that the sum is put right.
         """
@@ -55,7 +55,7 @@ def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p): the student says only what the teacher might."""
+    """KL(q || p): mode-seeking: the student avoids what the teacher finds improbable."""
     return forward_kl(log_p, log_q)
 
 
@@ -79,7 +79,7 @@ def distillation_dense(
     return PLAIN[divergence](log_q, log_p).mean() * temperature**2
 
 
-def ghost_dense(student: Tensor, teacher: TopK, divergence: str, temperature: float) -> Tensor:
+def remainder_dense(student: Tensor, teacher: TopK, divergence: str, temperature: float) -> Tensor:
     """`distillation_dense` of the k + 1 events that a cut teacher tells apart."""
     log_q = torch.log_softmax(_wide(student) / temperature, dim=-1)
     events = log_q.gather(-1, teacher.indices)

@@ -30,7 +30,7 @@ def token_terms(
     are for the log. Terms are means over the counted tokens, in nats.
 
     Args:
-        teacher: hidden states and head, or its stored top-k; no gradient reaches it. None trains on
+        teacher: hidden states and head, or its cached top-k; no gradient reaches it. None trains on
             the text alone (pretraining), whatever the weights.
         targets: (tokens,) int64, the next token of each.
         counted: (n,) int64, the tokens that count. No logit of any other is formed, and their

@@ -34,7 +34,7 @@ CHANGES = (
 )  # fmt: skip
 """What may be changed, the cheapest first. Smaller passes and chunks cost efficiency, a higher ZeRO
 stage traffic, checkpointing a third more compute, a teacher that is shared out traffic in every
-pass, and host memory is the slowest of all; more GPUs cost money. `stored` and `in_place` teachers
+pass, and host memory is the slowest of all; more GPUs cost money. `offline` and `in_place` teachers
 change the loss and are left to people."""
 
 
@@ -177,7 +177,7 @@ class Fitter:
         return runs
 
     def _pass(self, config: PlanConfig, setup: Setup, stage: Stage, run: Run) -> Pass:
-        live = setup.teacher not in ("stored", "in_place") and stage.config.mode == "elastic"
+        live = setup.teacher not in ("offline", "in_place") and stage.config.mode == "elastic"
         zero = config.trainer.zero_stage > 0
         key = (
             stage.name, stage.batch_sequences, run.name, zero, setup.checkpointing, live,

@@ -157,7 +157,7 @@ def _teacher(config: RunConfig, shape: ParentShape, blocks: object) -> float:
     size = 4 if config.trainer.precision == "32-true" else 2
     count = size * held_parameters(shape)
     kind = config.objective.teacher
-    if kind in ("stored", "in_place"):
+    if kind in ("offline", "in_place"):
         return 0.0
     if kind == "replicated":
         return count
@@ -271,7 +271,7 @@ def host_memory(config: RunConfig, shape: ParentShape) -> dict[str, float]:
     trainer = config.trainer
     count, processes = held_parameters(shape), trainer.devices
     size = 4 if trainer.precision == "32-true" else 2
-    lives = config.objective.teacher not in ("stored", "in_place")
+    lives = config.objective.teacher not in ("offline", "in_place")
     teacher = size * count if lives else 0
     running = teacher if config.objective.teacher == "cpu_offload" else 0.0
     if trainer.offload_optimizer:  # masters, moments, gradients twice, and weights on their way

@@ -55,7 +55,7 @@ def stage_work(
             times * flops_per_token(shape, members[name], length) for name, times in passes.items()
         )
         forward = soft * sum(passes.values()) * whole + (1 - soft) * frozen
-        teacher = 0.0 if config.objective.teacher in ("stored", "in_place") else float(whole)
+        teacher = 0.0 if config.objective.teacher in ("offline", "in_place") else float(whole)
     again = forward if config.parent.activation_checkpointing else 0.0
     return StageWork(
         name=stage.name,

@@ -1,17 +1,17 @@
-"""python -m elastic.teacher objective.top_k=64 objective.store=DIR [key=value ...]."""
+"""elastic cache-teacher objective.top_k=64 objective.teacher_cache=DIR [key=value ...]."""
 
 import sys
 
 from elastic.cli.command import command
-from elastic.config import TeachConfig
+from elastic.config import CacheTeacherConfig
 
 
-def main(config: TeachConfig) -> None:
-    """Write this worker's part of a store; exit code 1 when the disk does not take it."""
-    from elastic.teacher.cache.write import write_store  # after the settings: torch takes seconds
+def main(config: CacheTeacherConfig) -> None:
+    """Write this worker's part of a cache; exit code 1 when the disk does not take it."""
+    from elastic.teacher.cache.write import write_cache  # after the settings: torch takes seconds
 
     try:
-        write_store(config)
+        write_cache(config)
     except FileExistsError:
         raise  # a wrong setting, exit code 2
     except OSError as error:
@@ -20,4 +20,4 @@ def main(config: TeachConfig) -> None:
 
 
 if __name__ == "__main__":
-    command("teach", TeachConfig, main)
+    command("cache_teacher", CacheTeacherConfig, main)

@@ -1,4 +1,4 @@
-"""What a teacher is, wherever its words come from."""
+"""What every teacher can do."""
 
 from abc import ABC, abstractmethod
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from elastic.losses import Head, TopK
 
 SPLITS = ("train", "validation")
-"""Texts that a teacher is asked about."""
+"""Texts that a teacher predicts."""
 
 
 class Teacher(ABC):
-    """Says what the next token is, for sequences of a batch; never trained, never saved.
+    """Predicts the next tokens of a batch; never trained, never saved.
 
-    No module: whoever holds one has none of its weights among its own.
+    Not an nn.Module, so that a module that holds one does not own its weights.
     """
 
     @abstractmethod
@@ -23,8 +23,9 @@ class Teacher(ABC):
         exists, on every process."""
 
     @abstractmethod
-    def teach(self, batch: Tensor, split: str, first: int) -> Head | TopK:
-        """What is said about the batch (b, t + 1) int64, every t of which asks for the next token.
+    def distributions(self, batch: Tensor, split: str, first: int) -> Head | TopK:
+        """Distributions of the next token after each of the first t tokens of a batch (b, t + 1)
+        int64.
 
         Args:
             split: `train` or `validation`.
@@ -32,7 +33,7 @@ class Teacher(ABC):
                 Of `train` that is the position of `data.SequenceStream`, over all processes; of
                 `validation` the number of the row.
 
-        The answer is good until the next call.
+        The result is valid until the next call.
         """
 
 

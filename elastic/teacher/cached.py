@@ -1,4 +1,4 @@
-"""A teacher that has spoken before: what it said about a run's text, read from disk."""
+"""A teacher whose top-k log-probabilities for a run's text are read from disk."""
 
 import hashlib
 import logging
@@ -12,16 +12,16 @@ from elastic.config import ConfigError
 from elastic.data.datamodule import permutation
 from elastic.losses import TopK
 from elastic.teacher.base import SPLITS, Teacher
-from elastic.teacher.cache.index import Contents, Index, window_bytes
-from elastic.teacher.cache.shards import Rows, Shelf
+from elastic.teacher.cache.index import CacheContents, CacheIndex, window_bytes
+from elastic.teacher.cache.shards import Rows, ShardSet
 
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 16
 
 
-class StoredTeacher(Teacher):
-    """Reads what `python -m elastic.teacher` wrote.
+class CachedTeacher(Teacher):
+    """Reads what `elastic cache-teacher` wrote.
 
     Every distinct sequence is there once, in the order of its first use: in the first epoch the
     place of a sequence is its position, later ones look it up.
@@ -32,16 +32,16 @@ class StoredTeacher(Teacher):
             what it reads.
 
     Raises:
-        ConfigError: the store is of another run, is not complete, or a file is damaged.
+        ConfigError: the cache is of another run, is not complete, or a file is damaged.
     """
 
-    def __init__(self, directory: Path, wanted: Contents, thorough: bool) -> None:
-        index = Index.read(directory)
+    def __init__(self, directory: Path, wanted: CacheContents, thorough: bool) -> None:
+        index = CacheIndex.read(directory)
         index.require_same(directory, wanted)
         index.require_covers(directory, wanted)
         self.wanted = wanted
-        self.shelves = {
-            (stage, split): Shelf.of(directory, index, stage, split)
+        self.shard_sets = {
+            (stage, split): ShardSet.of(directory, index, stage, split)
             for stage in wanted.stages
             for split in SPLITS
         }
@@ -50,7 +50,7 @@ class StoredTeacher(Teacher):
         if thorough:
             self._require_complete(directory)
             log.info(
-                "teacher: stored in %s, top %d tokens in %s", directory, wanted.top_k,
+                "teacher: cached in %s, top %d tokens in %s", directory, wanted.top_k,
                 index.log_probs,
             )  # fmt: skip
 
@@ -60,7 +60,7 @@ class StoredTeacher(Teacher):
         self._unseen = set(SPLITS)
         self._maps.clear()
 
-    def teach(self, batch: Tensor, split: str, first: int) -> TopK:
+    def distributions(self, batch: Tensor, split: str, first: int) -> TopK:
         rows = self._read(split, first, len(batch))
         if split in self._unseen:  # once a stage: to look at a batch is to wait for the device
             self._unseen.remove(split)
@@ -79,25 +79,25 @@ class StoredTeacher(Teacher):
 
     def _read(self, split: str, first: int, count: int) -> Rows:
         """Verified copies of `count` sequences from place `first` of a split's order on."""
-        shelf = self.shelves[self.stage, split]
+        shards = self.shard_sets[self.stage, split]
         parts: list[Rows] = []
         for slot in self._slots(split, first, count):
-            number, row = divmod(slot, shelf.shard_sequences)
-            arrays = self._open(shelf, number)
-            shelf.verify(arrays, number, row)
+            number, row = divmod(slot, shards.shard_sequences)
+            arrays = self._open(shards, number)
+            shards.verify(arrays, number, row)
             parts.append({name: array[row] for name, array in arrays.items()})
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
-    def _open(self, shelf: Shelf, number: int) -> Rows:
-        place = (shelf.stage, shelf.split, number)
+    def _open(self, shards: ShardSet, number: int) -> Rows:
+        place = (shards.stage, shards.split, number)
         if place not in self._maps:
             if len(self._maps) >= OPEN_FILES:
                 del self._maps[next(iter(self._maps))]
-            self._maps[place] = shelf.open(number)
+            self._maps[place] = shards.open(number)
         return self._maps[place]
 
     def _slots(self, split: str, first: int, count: int) -> list[int]:
-        """Where the sequences of some places of a split's order are in the store."""
+        """Where the sequences of some places of a split's order are in the cache."""
         if split == "validation":
             return list(range(first, first + count))
         windows, slots = self.wanted.stages[self.stage].windows, []
@@ -122,19 +122,19 @@ class StoredTeacher(Teacher):
     def _require_complete(self, directory: Path) -> None:
         """Raise ConfigError unless every file that this run reads is there and whole."""
         missing = []
-        for (stage, split), shelf in self.shelves.items():
+        for (stage, split), shards in self.shard_sets.items():
             here = self.wanted.stages[stage]
-            for number in range(shelf.count(here.train if split == "train" else here.validation)):
-                fault = shelf.fault(number)
+            for number in range(shards.count(here.train if split == "train" else here.validation)):
+                fault = shards.fault(number)
                 if fault == "is missing":
-                    missing.append(str(shelf.path(number).relative_to(directory)))
+                    missing.append(str(shards.path(number).relative_to(directory)))
                 elif fault is not None:
-                    raise shelf.refusal(number, fault)
+                    raise shards.refusal(number, fault)
         if missing:
             raise ConfigError(
-                f"objective.store={directory}: {len(missing)} files are missing, "
+                f"objective.teacher_cache={directory}: {len(missing)} files are missing, "
                 f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; "
-                "run python -m elastic.teacher again with the settings of this run"
+                "run elastic cache-teacher again with the settings of this run"
             )
 
 

@@ -16,7 +16,7 @@ def weight_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
-class LiveTeacher(Teacher):
+class OnlineTeacher(Teacher):
     """The parent as it is now, copied; what becomes of the original does not matter.
 
     In bfloat16 it is what a float32 copy is under autocast, at half the bytes: the matrices, which
@@ -41,7 +41,7 @@ class LiveTeacher(Teacher):
         self.model.to(device)
 
     @torch.no_grad()
-    def teach(self, batch: Tensor, split: str, first: int) -> Head:
+    def distributions(self, batch: Tensor, split: str, first: int) -> Head:
         """Hidden states (b * t, d) and the head (v, d), both in the matrices' type."""
         tokens = batch[:, :-1]
         documents = documents_in(tokens, self.document_start)

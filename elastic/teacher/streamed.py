@@ -1,11 +1,11 @@
-"""A teacher too large for a device: its matrices live elsewhere and come when they are needed.
+"""A teacher too large for a device: its matrices are kept elsewhere and fetched when needed.
 
-One mechanism, two homes. The matrices of a block are one run of bytes, kept in host memory or in
-equal shares on all processes, and brought to one of two places on the device while the block
-before it computes. The embedding and the LM head share a third place: the one is read first, the
-other last. A device never holds more than that, and the vectors. torch's `fully_shard` would do
-for the shares, but wants a process group even to keep weights on the host, and leaves embedding and
-head on every device between calls.
+The matrices of a block are one run of bytes, kept in host memory or in equal shares on all
+processes, and brought to one of two places on the device while the block before it computes. The
+embedding and the LM head share a third place: the one is read first, the other last. A device never
+holds more than that, and the vectors. torch's `fully_shard` would do for the shares, but wants a
+process group even to keep weights on the host, and leaves embedding and head on every device
+between calls.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elastic.parent import HybridParent
-from elastic.teacher.online import LiveTeacher
+from elastic.teacher.online import OnlineTeacher
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 """torch 2.13 has another name for it."""
 
 
-class Home(Protocol):
+class WeightStore(Protocol):
     """Where the bytes of one unit are while nobody reads them."""
 
     size: int
@@ -38,10 +38,10 @@ class Home(Protocol):
     """Bytes that this process keeps on the device."""
 
     def fetch(self, place: Tensor) -> Any:
-        """Bring them; waits for nothing. What is returned, if anything, has a `wait`."""
+        """Copy them to `place`, asynchronously. What is returned, if anything, has a `wait`."""
 
 
-class HostHome:
+class HostWeights:
     """Host memory of this process, page-locked so that a GPU can copy while it computes."""
 
     def __init__(self, flat: Tensor, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class HostHome:
         place[: self.size].copy_(self.flat, non_blocking=True)
 
 
-class SharedHome:
+class PartitionedWeights:
     """An equal share on the device of every process."""
 
     def __init__(self, flat: Tensor, device: torch.device) -> None:
@@ -80,12 +80,14 @@ class Unit:
         self.views: list[Tensor] = []
         self.work: Any = None
 
-    def settle(self, home: type[HostHome] | type[SharedHome], device: torch.device) -> None:
-        """Move the weights home; the parameters are empty from now on."""
+    def offload(
+        self, kind: type[HostWeights] | type[PartitionedWeights], device: torch.device
+    ) -> None:
+        """Move the weights off the device; the parameters are empty from now on."""
         flat = torch.zeros(self.size, dtype=torch.uint8)
         for weight, start in zip(self.weights, self.starts, strict=True):
             flat[start : start + weight.nbytes] = weight.data.flatten().view(torch.uint8)
-        self.home: Home = home(flat, device)
+        self.store: WeightStore = kind(flat, device)
         self.leave()
 
     def assign(self, place: Tensor) -> None:
@@ -116,7 +118,7 @@ class Stream:
     def __init__(
         self,
         model: HybridParent,
-        home: type[HostHome] | type[SharedHome],
+        kind: type[HostWeights] | type[PartitionedWeights],
         device: torch.device,
     ) -> None:
         embedding, head = model.backbone.embeddings.weight, model.lm_head.weight
@@ -126,11 +128,11 @@ class Stream:
         self.blocks = [Unit([w for w in block.parameters() if w.ndim == 2]) for block in blocks]
         ends = [self.first] if self.last is self.first else [self.first, self.last]
         for unit in (*ends, *self.blocks):
-            unit.settle(home, device)
+            unit.offload(kind, device)
         model.to(device)  # the vectors, all that is left
         self.places = 0
         for group in (ends, self.blocks[::2], self.blocks[1::2]):
-            size = max((unit.home.size for unit in group), default=0)
+            size = max((unit.store.size for unit in group), default=0)
             place = torch.empty(size, dtype=torch.uint8, device=device)
             self.places += size
             for unit in group:
@@ -145,17 +147,17 @@ class Stream:
     def held(self) -> int:
         """Bytes of matrices that this device holds at any time: the places, and shares."""
         units: Iterable[Unit] = {self.first, self.last, *self.blocks}
-        return self.places + sum(unit.home.held for unit in units)
+        return self.places + sum(unit.store.held for unit in units)
 
     def _fetch(self, unit: Unit) -> None:
         """Begin to bring a unit, once all that was asked of the device so far is done with its
         place."""
         if self.copies is None:
-            unit.work = unit.home.fetch(unit.place)
+            unit.work = unit.store.fetch(unit.place)
             return
         self.copies.wait_stream(torch.cuda.current_stream(self.copies.device))
         with torch.cuda.stream(self.copies):
-            work = unit.home.fetch(unit.place)
+            work = unit.store.fetch(unit.place)
             unit.work = self.copies.record_event() if work is None else work
 
     def _use(self, unit: Unit) -> None:
@@ -191,7 +193,7 @@ class Stream:
             self._use(self.last)
 
 
-class StreamedTeacher(LiveTeacher):
+class StreamedTeacher(OnlineTeacher):
     """The parent in host memory of each process (`cpu_offload`), or shared out over the processes
     (`zero3`), which must then all ask together.
 
@@ -204,16 +206,16 @@ class StreamedTeacher(LiveTeacher):
         parent: HybridParent,
         precision: str,
         document_start: int | None,
-        home: type[HostHome] | type[SharedHome],
+        kind: type[HostWeights] | type[PartitionedWeights],
     ) -> None:
         super().__init__(parent, precision, document_start)
-        self.home = home
+        self.kind = kind
         self.stream: Stream | None = None
 
     def start(self, device: torch.device, stage: str) -> None:
         if self.stream is not None:
             return
         whole = sum(weight.nbytes for weight in self.model.parameters())
-        self.stream = Stream(self.model, self.home, device)
+        self.stream = Stream(self.model, self.kind, device)
         held = self.stream.held()
         log.info("teacher: %.1f MB on this device, of %.1f MB", held / 1e6, whole / 1e6)

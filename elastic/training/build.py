@@ -10,7 +10,7 @@ from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
 from elastic.routing.family import Family
 from elastic.routing.router import Router
-from elastic.teacher import Teacher, build_teacher, contents_of
+from elastic.teacher import Teacher, build_teacher, cache_contents
 from elastic.training.setup import Setup
 
 
@@ -50,10 +50,10 @@ def cached_teacher(setup: Setup) -> Teacher | None:
     """The teacher, where it is read from a cache; looked at whole, so that what is missing stops a
     run before it trains."""
     config = setup.config
-    if config.objective.teacher != "stored":
+    if config.objective.teacher != "offline":
         return None
     vocabulary = setup.shape.vocab_size
-    wanted = contents_of(config, setup.stages, setup.data, setup.original, vocabulary)
+    wanted = cache_contents(config, setup.stages, setup.data, setup.original, vocabulary)
     return _teacher(setup, None, wanted=wanted)
 
 

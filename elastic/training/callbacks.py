@@ -18,7 +18,7 @@ from elastic.config import ObjectiveConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import Member
 from elastic.routing.family import sizes
-from elastic.teacher import StoredTeacher, Teacher
+from elastic.teacher import CachedTeacher, Teacher
 from elastic.training.module import PARENT, ElasticModule
 from elastic.training.resume import CheckpointStore, Saved, load_state, local_pieces, restore_random
 
@@ -256,12 +256,12 @@ class BudgetValidation(Callback):
         losses: dict[str, float] = defaultdict(float)
         divergences: dict[str, float] = defaultdict(float)
         # Forward KL and cross-entropy in one go, the same for all runs whatever they optimise. A
-        # store has words at the temperature of the run alone, and the rest of them as one.
-        stored = isinstance(module.teacher, StoredTeacher)
+        # teacher cache is at the temperature of the run alone, and has all other tokens as one.
+        offline = isinstance(module.teacher, CachedTeacher)
         config = ObjectiveConfig(
             cross_entropy_weight=1.0,
             chunk_tokens=module.objective.chunk_tokens,
-            temperature=module.objective.temperature if stored else 1.0,
+            temperature=module.objective.temperature if offline else 1.0,
         )
         count, rows = 0, 0
         for batch in self.data:
@@ -269,7 +269,7 @@ class BudgetValidation(Callback):
             targets = batch[:, 1:].flatten()
             teacher: Head | TopK | None = None
             if module.teacher is not None:  # once for all members
-                teacher = module.teacher.teach(batch, "validation", rows)
+                teacher = module.teacher.distributions(batch, "validation", rows)
                 loss = _teacher_loss(module.teacher, teacher, targets, config, rows, len(batch))
                 losses[PARENT] += loss * len(targets)
             for name, member in members.items():
@@ -291,17 +291,17 @@ class BudgetValidation(Callback):
 
 def _teacher_loss(
     teacher: Teacher,
-    said: Head | TopK,
+    predicted: Head | TopK,
     targets: Tensor,
     config: ObjectiveConfig,
     first: int,
     rows: int,
 ) -> float:
     """Cross-entropy of the teacher itself on validation rows, in nats per token."""
-    if isinstance(said, TopK):
-        assert isinstance(teacher, StoredTeacher)
+    if isinstance(predicted, TopK):
+        assert isinstance(teacher, CachedTeacher)
         return teacher.cross_entropy("validation", first, rows)
-    return float(token_terms(said, None, targets, config)["cross_entropy"])
+    return float(token_terms(predicted, None, targets, config)["cross_entropy"])
 
 
 class Checkpoints(Callback):

@@ -156,7 +156,7 @@ class ElasticModule(L.LightningModule):
             terms = {name: value for name, value in draw.terms.items() if name != "total"}
             loss = draw.terms.get("total", loss)
         student = self.head(batch, member)
-        teacher = self.teach(batch) if turn == 0 else self._kept
+        teacher = self.distributions(batch) if turn == 0 else self._kept
         token_losses = token_terms(student, teacher, batch[:, 1:].flatten(), self.objective)
         scale = 1.0
         if teacher is None and self.family is not None:  # this pass teaches, by what the text says
@@ -193,13 +193,13 @@ class ElasticModule(L.LightningModule):
         hidden = self.parent(tokens, member, documents_in(tokens, self.document_start))
         return hidden.flatten(0, 1), self.parent.head_weight(member)
 
-    def teach(self, batch: Tensor) -> Head | TopK | None:
+    def distributions(self, batch: Tensor) -> Head | TopK | None:
         """What the teacher says about the training batch at hand; None where there is none."""
         if self.teacher is None:
             return None
         number = self.micro_step // self.stage.passes
         first = (number * self.trainer.world_size + self.global_rank) * len(batch)
-        return self.teacher.teach(batch, "train", first)
+        return self.teacher.distributions(batch, "train", first)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; vectors and scalars are never decayed. The rate is set in every step."""

@@ -16,7 +16,7 @@ from elastic.config import ParentShape
 from elastic.importance import Ranking
 from elastic.members.cut import tensor_shapes
 from elastic.members.search import Choice
-from elastic.parent.companions import copy_companions, licence_of
+from elastic.parent.small_files import copy_small_files, licence_of
 from elastic.parent.weights import open_weights, save_weights
 from elastic.routing.curriculum import Stage
 from elastic.routing.family import Family, describe
@@ -140,7 +140,7 @@ def _write_directory(
         )
         setup.data.tokenizer.save_pretrained(temporary)
         if source is not None:
-            copy_companions(source, temporary, tokenizer=False)
+            copy_small_files(source, temporary, tokenizer=False)
         router = {
             name: weight.detach().cpu().clone()
             for name, weight in family.router.state_dict().items()

@@ -290,7 +290,7 @@ def unreachable(rank: int, count: int, tell: Tell) -> None:
     with joined(place, torch.device("cpu"), "test"):
         os.environ["MASTER_ADDR"] = "127.0.0.2" if rank else "127.0.0.1"
         if rank == 0:
-            watchdog.open_door = lambda port, visitors: socket.create_server(("127.0.0.1", 0))
+            watchdog.listen = lambda port, visitors: socket.create_server(("127.0.0.1", 0))
         with Watchdog(place, PATIENCE, GRACE):
             time.sleep(0.2)
 

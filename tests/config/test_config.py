@@ -76,7 +76,7 @@ RULES: list[tuple[str, Any, str]] = [
         for name in "distillation cross_entropy budget identity".split()
     ),
     ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
-    ("objective.teacher", "parent", "one of replicated, zero3, cpu_offload, stored, in_place"),
+    ("objective.teacher", "parent", "one of replicated, zero3, cpu_offload, offline, in_place"),
     ("objective.divergence", "kl", "one of forward_kl, reverse_kl, jsd"),
     ("objective.top_k", 0, "positive, or null"),
     ("objective.temperature", 0.0, POSITIVE),
@@ -170,8 +170,20 @@ def test_a_checkpoint_must_have_the_sizes_that_were_announced() -> None:
 
 
 def test_probabilities_are_of_budgets_that_exist() -> None:
-    line = refusal(changed(f"{ALL}.budget_probabilities", {"full": 0.5, "tiny": 0.5}))
-    assert line == f"{ALL}.budget_probabilities=tiny: must be one of full, small"
+    line = refusal(changed(f"{ALL}.budget_probabilities", {"full": 0.5, "small": 0.3, "tiny": 0.2}))
+    assert "tiny is no budget" in line and f"'~{ALL}.budget_probabilities.tiny'" in line
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_stage_that_lists_shares_lists_every_budget(share: float) -> None:
+    """One that is added and not listed would silently never be drawn."""
+    listed = {"full": 1.0 - share, "small": share}
+    parse(changed(f"{ALL}.budget_probabilities", listed), RunConfig)
+    del listed["small" if share == 0 else "full"]
+    line = refusal(changed(f"{ALL}.budget_probabilities", listed))
+    assert line.startswith(f"{ALL}.budget_probabilities={listed}: must be a share of every budget")
+    assert f"{'small' if share == 0 else 'full'} would not be drawn" in line
+    assert f"set {ALL}.budget_probabilities=null to draw all alike" in line
 
 
 def in_place(**stage: Any) -> dict[str, Any]:

@@ -52,7 +52,6 @@ def test_every_drawn_shape_passes_the_gate_unchanged(shape: ParentShape) -> None
     [
         ("curriculum.stages.all.budget_probabilities", {"full": 0.25, "small": 0.75}),
         ("curriculum.stages.all.budget_probabilities", {"full": 1, "small": 0}),
-        ("curriculum.stages.all.budget_probabilities", {"small": 1.0}),
         ("trainer.micro_batch_tokens", 32),
         ("trainer", {"strategy": "ddp", "devices": 2, "num_nodes": 2}),
         ("budgets.small.params", 1_234_567),

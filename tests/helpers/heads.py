@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic.config import ObjectiveConfig
-from elastic.losses import Head, TopK, distillation_dense, ghost_dense
+from elastic.losses import Head, TopK, distillation_dense, remainder_dense
 
 TOKENS, VOCABULARY, WIDTH, TEACHER_WIDTH = 23, 31, 5, 9
 WEIGHTS = {
@@ -69,7 +69,7 @@ def dense_terms(
             loss = distillation_dense(z, y, divergence, temperature)
         else:
             kept = top_k_dense(y, config.top_k, temperature)
-            loss = ghost_dense(z, kept, divergence, temperature)
+            loss = remainder_dense(z, kept, divergence, temperature)
         terms["distillation"] = loss
     if config.cross_entropy_weight:
         terms["cross_entropy"] = F.cross_entropy(z, text)

@@ -10,19 +10,19 @@ from torch import Tensor
 from elastic.config import ObjectiveConfig
 from elastic.losses import Head, token_terms
 from elastic.parent import HybridParent
-from elastic.teacher import LiveTeacher, StreamedTeacher, Teacher, build_teacher
+from elastic.teacher import OnlineTeacher, StreamedTeacher, Teacher, build_teacher
 
 CPU = torch.device("cpu")
 
 
 def teacher_of(
     where: str, parent: HybridParent, precision: str = "32-true", start: int | None = None
-) -> LiveTeacher:
+) -> OnlineTeacher:
     """A started teacher."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     objective = ObjectiveConfig(teacher=where)
     teacher = build_teacher(objective, parent, precision, start, world_size)
-    assert isinstance(teacher, LiveTeacher)
+    assert isinstance(teacher, OnlineTeacher)
     teacher.start(CPU, "short")
     return teacher
 
@@ -35,7 +35,7 @@ def same(one: Head, two: Head) -> bool:
 def loss(teacher: Teacher, student: HybridParent, batch: Tensor) -> float:
     """What a student would minimise."""
     head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
-    said = teacher.teach(batch, "train", 0)
+    said = teacher.distributions(batch, "train", 0)
     return float(token_terms(head, said, batch[:, 1:].flatten(), ObjectiveConfig())["total"])
 
 
@@ -60,11 +60,11 @@ def ask_together(rank: int, port: int, path: Path) -> None:
             assert isinstance(shared, StreamedTeacher) and shared.stream is not None
             case = f"{file.stem} {precision}"
             units = {shared.stream.first, shared.stream.last, *shared.stream.blocks}
-            shares = sum(unit.home.held for unit in units)
+            shares = sum(unit.store.held for unit in units)
             found["held"][case] = shares, sum(unit.size for unit in units)
             for number, batch in enumerate(batches[rank::2]):
-                said = plain.teach(batch, "train", 0)
-                found["same"][case, number] = same(said, shared.teach(batch, "train", 0))
+                said = plain.distributions(batch, "train", 0)
+                found["same"][case, number] = same(said, shared.distributions(batch, "train", 0))
                 found["after"][case, number] = readable(shared.model)
                 losses = [loss(teacher, student, batch) for teacher in (plain, shared)]
                 found["losses"][case, number] = losses

@@ -28,7 +28,7 @@ from elastic.losses import Head, TopK, check_objective, token_terms, top_k_of
 CHUNKS = [1, 4, 23, 100]
 """One token, not a divisor, all tokens, more than there are."""
 TOP_KS = [None, 1, 6, VOCABULARY]
-"""The whole distribution, one token named, a few, all of them (no ghost token)."""
+"""The whole distribution, one token named, a few, all of them (no remainder)."""
 
 
 def assert_equal_terms(
@@ -250,7 +250,7 @@ def test_extreme_logits_stay_finite(divergence: str, top_k: int | None, sure: st
     assert all(term.isfinite() for term in terms.values())
     for gradient in gradients(terms["total"], student):
         assert gradient.isfinite().all()
-    # What a teacher that is sure leaves for the ghost token is not known to better than rounding,
+    # What a teacher that is sure leaves for the remainder is not known to better than rounding,
     # which only the reverse KL takes the logarithm of.
     if top_k is None or divergence != "reverse_kl" or sure == "student":
         exact = [tuple(t.detach().double() for t in model) for model in (student, teacher)]
@@ -261,7 +261,7 @@ def test_extreme_logits_stay_finite(divergence: str, top_k: int | None, sure: st
 
 
 def test_a_rest_too_small_to_store_still_pulls_the_student() -> None:
-    """The teacher leaves the ghost token nothing, the student all: the gradient moves the student's
+    """The teacher leaves the remainder nothing, the student all: the gradient moves the student's
     mass from where it is, in proportion, and to the token named."""
     x = torch.tensor([[0.0, 300.0, 299.0]]).requires_grad_()
     student = x, torch.eye(3)
@@ -351,7 +351,7 @@ def poisoned(model: Head, counted: Tensor) -> Head:
     return x.requires_grad_(), model[1]
 
 
-@pytest.mark.parametrize("kind", ["live", "cut", "stored"])
+@pytest.mark.parametrize("kind", ["live", "cut", "offline"])
 def test_only_counted_tokens_are_computed(kind: str) -> None:
     """Means and gradients are those of a batch without the others, which may hold anything."""
     counted = torch.tensor([1, 2, 5, 8, 13, 21])
@@ -359,7 +359,7 @@ def test_only_counted_tokens_are_computed(kind: str) -> None:
     student, teacher = poisoned(head(), counted), poisoned(teacher_head(), counted)
     text = torch.full_like(targets(), -100)
     text[counted] = targets()[counted]
-    seen: Head | TopK = top_k_of(teacher, 6, 2.5, 4) if kind == "stored" else teacher
+    seen: Head | TopK = top_k_of(teacher, 6, 2.5, 4) if kind == "offline" else teacher
     actual = token_terms(student, seen, text, config, counted)
     few = head()[0].detach()[counted].requires_grad_(), student[1]
     expected = dense_terms(few, (teacher[0][counted], teacher[1]), text[counted], config)

@@ -8,7 +8,7 @@ from helpers.heads import top_k_dense
 from torch import Tensor
 
 from elastic.config.training import DIVERGENCES
-from elastic.losses import TopK, distillation_dense, ghost_dense
+from elastic.losses import TopK, distillation_dense, remainder_dense
 from elastic.losses.divergences import CLOSED, PLAIN
 
 P, Q = (0.5, 0.4, 0.1), (0.2, 0.2, 0.6)
@@ -48,11 +48,11 @@ def test_divergences_are_those_by_hand(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_ghost_token_has_what_the_named_ones_leave(divergence: str) -> None:
+def test_the_remainder_has_what_the_named_ones_leave(divergence: str) -> None:
     """Naming token 0 of three is the divergence of two events."""
     kept = TopK(torch.tensor([[0]]), torch.tensor([[math.log(P[0])]], dtype=torch.float64))
     two = distillation_dense(row((Q[0], 1 - Q[0])), row((P[0], 1 - P[0])), divergence, 1.0)
-    torch.testing.assert_close(ghost_dense(row(Q), kept, divergence, 1.0), two)
+    torch.testing.assert_close(remainder_dense(row(Q), kept, divergence, 1.0), two)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -61,7 +61,7 @@ def test_naming_the_vocabulary_is_the_whole_divergence(divergence: str, named: i
     student, teacher = random_logits(0), random_logits(1)
     kept = top_k_dense(teacher, named, 2.0)
     expected = distillation_dense(student, teacher, divergence, 2.0)
-    torch.testing.assert_close(ghost_dense(student, kept, divergence, 2.0), expected)
+    torch.testing.assert_close(remainder_dense(student, kept, divergence, 2.0), expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -69,7 +69,7 @@ def test_merging_tokens_never_adds_divergence(divergence: str) -> None:
     """The data processing inequality: the more tokens are named, the more there is to tell."""
     student, teacher = random_logits(0), random_logits(1)
     values = [
-        ghost_dense(student, top_k_dense(teacher, k, 1.0), divergence, 1.0).item()
+        remainder_dense(student, top_k_dense(teacher, k, 1.0), divergence, 1.0).item()
         for k in range(1, 12)
     ]
     assert values == sorted(values) and values[0] < values[-1]
@@ -114,10 +114,10 @@ def test_equal_distributions_are_at_no_distance(divergence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "stored", [[0.0], [1e-4], [-1e-9], [-0.7, -0.69]], ids=["one", "above", "almost", "two halves"]
+    "offline", [[0.0], [1e-4], [-1e-9], [-0.7, -0.69]], ids=["one", "above", "almost", "two halves"]
 )
 def test_stored_log_probabilities_need_not_add_up(stored: list[float]) -> None:
-    """Rounding may leave less than nothing for the ghost token: it keeps a rounding error's worth,
+    """Rounding may leave less than nothing for the remainder: it keeps a rounding error's worth,
     and the events are a distribution."""
     kept = TopK(torch.arange(len(stored))[None], torch.tensor([stored]))
     log_p = kept.log_events(11, torch.float32)

@@ -174,7 +174,7 @@ def test_flops_are_passes_times_members() -> None:
     whole = flops_per_token(shape, full, 8192) * short.tokens
     assert soft.flops == pytest.approx(5 * whole, rel=0.01)
     config.parent.activation_checkpointing = False
-    config.objective.teacher = "stored"
+    config.objective.teacher = "offline"
     assert stage_work(config, shape, long, members).flops == pytest.approx(3 * long.tokens * mean)
     seconds = 3600 * gpu_hours(config, 989e12)
     assert seconds == pytest.approx(1 / 0.4)

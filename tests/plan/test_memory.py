@@ -24,7 +24,7 @@ from elastic.plan import blocks, memory
 from elastic.plan.memory import Run, pass_memory, static_memory
 from elastic.routing.masks import hard_keep
 from elastic.routing.router import Router, RouterOptimizer
-from elastic.teacher import LiveTeacher
+from elastic.teacher import OnlineTeacher
 
 SHAPE = tiny_shape(
     pattern="M-M*-M-",
@@ -126,7 +126,7 @@ def test_weights_gradients_optimizer_and_teacher_are_exact(shape: ParentShape) -
     step()
     plan = static_memory(base(False), shape, Space.build(SpaceConfig(), shape))
     weights = list(parent.parameters())
-    assert isinstance(step.teacher, LiveTeacher)
+    assert isinstance(step.teacher, OnlineTeacher)
     states = [value for state in step.optimizer.state.values() for value in state.values()]
     assert plan.weights == sum(w.nbytes for w in weights)
     assert plan.gradients == sum(w.grad.nbytes for w in weights if w.grad is not None)

@@ -22,7 +22,7 @@ def tensors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     values["half"] = values["half"].bfloat16()
-    directory = tmp_path_factory.mktemp("stored")
+    directory = tmp_path_factory.mktemp("offline")
     save_file(values, directory / "model.safetensors")
     return directory, values
 

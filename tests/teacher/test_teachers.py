@@ -31,7 +31,7 @@ SHAPES = {
 @pytest.mark.parametrize("start", [None, 3], ids=["one_document", "documents"])
 def test_a_replicated_teacher_says_what_its_parent_says(start: int | None) -> None:
     parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape(), time=12)
-    hidden, head = teacher_of("replicated", parent, start=start).teach(batch, "train", 0)
+    hidden, head = teacher_of("replicated", parent, start=start).distributions(batch, "train", 0)
     tokens = batch[:, :-1]
     documents = None if start is None else (tokens == start).cumsum(-1, dtype=torch.int32)
     assert start is None or len(documents.unique()) > 1  # type: ignore[union-attr]
@@ -50,7 +50,7 @@ def test_what_becomes_of_the_parent_does_not_matter(where: str) -> None:
         for weight in parent.parameters():
             weight.add_(1.0)
     teacher.start(CPU, "short")
-    said = teacher.teach(batch, "train", 0)
+    said = teacher.distributions(batch, "train", 0)
     assert isinstance(said, tuple)
     assert torch.equal(said[0] @ said[1].T, expected)
 
@@ -69,7 +69,7 @@ def test_in_bfloat16_it_is_a_float32_copy_under_autocast(start: int | None, ambi
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = parent(tokens, None, documents).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
-        hidden, head = teacher.teach(batch, "train", 0)
+        hidden, head = teacher.distributions(batch, "train", 0)
     assert torch.equal(hidden, expected.bfloat16())
     assert torch.equal(head, parent.lm_head.weight.bfloat16())
 
@@ -101,8 +101,8 @@ def test_an_offloaded_teacher_is_the_replicated_one(name: str, precision: str) -
     plain, streamed = (teacher_of(w, parent, precision, 3) for w in ("replicated", "cpu_offload"))
     for seed in range(3):
         batch = random_tokens(shape, seed=seed)
-        said = plain.teach(batch, "train", 0)
-        assert same(said, streamed.teach(batch, "train", 0))
+        said = plain.distributions(batch, "train", 0)
+        assert same(said, streamed.distributions(batch, "train", 0))
 
 
 def test_streamed_matrices_are_there_only_while_they_are_read() -> None:
@@ -115,7 +115,7 @@ def test_streamed_matrices_are_there_only_while_they_are_read() -> None:
         )  # before the block's own matrices go
     assert readable(model) == set()
     for _ in range(2):
-        teacher.teach(batch, "train", 0)
+        teacher.distributions(batch, "train", 0)
         assert readable(model) == {"lm_head.weight"}
     assert len(seen) == 2 * len(shape.pattern)
     for index, names in enumerate(seen):
@@ -137,10 +137,10 @@ def test_a_second_stage_starts_without_a_second_copy() -> None:
     parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape())
     teacher = teacher_of("cpu_offload", parent)
     stream = teacher.stream  # type: ignore[attr-defined]
-    said = teacher.teach(batch, "train", 0)[0].clone()
+    said = teacher.distributions(batch, "train", 0)[0].clone()
     teacher.start(CPU, "long")
     assert teacher.stream is stream  # type: ignore[attr-defined]
-    assert torch.equal(said, teacher.teach(batch, "validation", 0)[0])
+    assert torch.equal(said, teacher.distributions(batch, "validation", 0)[0])
 
 
 def test_one_process_has_nobody_to_share_with() -> None:
@@ -211,6 +211,6 @@ def test_an_offloaded_teacher_is_the_replicated_one_on_a_gpu(precision: str) -> 
         teachers.append(teacher)
     for seed in range(4):
         batch = random_tokens(shape, batch=2, time=65, seed=seed).to(device)
-        plain, streamed = (teacher.teach(batch, "train", 0) for teacher in teachers)
+        plain, streamed = (teacher.distributions(batch, "train", 0) for teacher in teachers)
         assert isinstance(plain, tuple) and isinstance(streamed, tuple)
         assert same(plain, streamed)

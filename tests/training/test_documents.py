@@ -38,7 +38,7 @@ from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import Conv1d
 from elastic.routing.curriculum import plan
 from elastic.routing.masks import hard_keep
-from elastic.teacher import LiveTeacher
+from elastic.teacher import OnlineTeacher
 from elastic.training.callbacks import BudgetValidation
 from elastic.training.module import PARENT, ElasticModule
 from elastic.training.run import Run
@@ -203,7 +203,7 @@ def module_of(mode: str, start: int | None) -> ElasticModule:
     (stage,) = plan({"only": settings}, TrainerConfig(), ["full"])
     parent, teacher, family, optimizer = random_parent(tiny_shape()), None, None, None
     if mode == "elastic":
-        teacher = LiveTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
+        teacher = OnlineTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
         family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
     objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
     return ElasticModule(
@@ -246,8 +246,8 @@ def test_validation_measures_what_training_learns() -> None:
 def test_the_teacher_separates_documents_as_its_student_does() -> None:
     module = module_of("elastic", END)
     documents = (WINDOW[:, :-1] == END).cumsum(-1)
-    assert isinstance(module.teacher, LiveTeacher)
-    hidden, head = module.teacher.teach(WINDOW, "train", 0)
+    assert isinstance(module.teacher, OnlineTeacher)
+    hidden, head = module.teacher.distributions(WINDOW, "train", 0)
     expected = separately(module.teacher.model, WINDOW[:, :-1], None, documents)
     assert_near((hidden @ head.T).view_as(expected), expected)
 

@@ -30,7 +30,7 @@ from elastic.members.cost import parameters
 from elastic.routing.curriculum import draw_budget, draw_seed, plan
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
-from elastic.teacher import LiveTeacher
+from elastic.teacher import OnlineTeacher
 from elastic.training.module import ElasticModule, TrainingDiverged
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
@@ -67,7 +67,7 @@ def module_of(frozen: bool, teacher: str, passes: str) -> ElasticModule:
     )  # fmt: skip
     trainer = TrainerConfig(micro_batch_tokens=SEQUENCES * LENGTH)
     (planned,) = plan({"only": stage}, trainer, list(TARGETS))
-    other = LiveTeacher(random_parent(SHAPE, seed=1), "32-true", None)
+    other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true", None)
     return ElasticModule(
         random_parent(SHAPE), family, other if teacher == "replicated" else None,
         RouterOptimizer(router, OptimConfig()), planned, SHARES, settings, OptimConfig(), SEED,
@@ -156,7 +156,7 @@ def by_hand(module: ElasticModule, rows: list[Tensor], passes: str) -> dict[str,
     for micro_batch, row in enumerate(rows):
         tokens, text = row[:, :-1], row[:, 1:].flatten()
         teacher = None
-        if isinstance(module.teacher, LiveTeacher):
+        if isinstance(module.teacher, OnlineTeacher):
             teacher = module.teacher.model.logits(tokens).flatten(0, 1)
         for budget, share in shares_of(passes, micro_batch).items():
             draw = family.draw(budget, 0.0, draw_seed(SEED, "router", 0, 0, position))
@@ -204,7 +204,7 @@ def test_a_step_has_the_gradient_of_separate_passes(
 @pytest.mark.parametrize("passes", ["one", "all", "sandwich"])
 def test_the_frozen_parent_sees_every_micro_batch_once(passes: str) -> None:
     module, calls = module_of(True, "replicated", passes), []
-    assert isinstance(module.teacher, LiveTeacher)
+    assert isinstance(module.teacher, OnlineTeacher)
     module.teacher.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     record = train(module, batches(), steps=3)
     assert calls == [False] * (3 * MICRO_BATCHES)

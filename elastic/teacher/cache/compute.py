@@ -1,4 +1,4 @@
-"""What the teacher says about some sequences, as the arrays of one file."""
+"""The teacher's top-k log-probabilities for some sequences, as the arrays of one file."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,13 @@ from elastic.config import ObjectiveConfig
 from elastic.data import TextDataModule
 from elastic.data.datamodule import permutation
 from elastic.losses import top_k_and_text
-from elastic.teacher import LiveTeacher
-from elastic.teacher.cache.shards import Rows, Shelf
+from elastic.teacher import OnlineTeacher
+from elastic.teacher.cache.shards import Rows, ShardSet
 from elastic.teacher.cached import text_digest
 
 
 class Windows:
-    """Sequences of a stage in the order of the store."""
+    """Sequences of a stage in the order of the cache."""
 
     def __init__(self, text: TextDataModule) -> None:
         self.train, self.validation = text.stream.sequences, text.validation
@@ -29,12 +29,12 @@ class Windows:
         return torch.stack([self.train[int(self.order[slot])] for slot in slots])
 
 
-class Speaker:
-    """A teacher, and how its words are cut."""
+class TopKWriter:
+    """A teacher, and how its distributions are cut to their top k."""
 
     def __init__(
         self,
-        teacher: LiveTeacher,
+        teacher: OnlineTeacher,
         device: torch.device,
         objective: ObjectiveConfig,
         batch_tokens: int,
@@ -43,29 +43,31 @@ class Speaker:
         self.objective, self.batch_tokens = objective, batch_tokens
 
     def rows(
-        self, shelf: Shelf, slots: range, windows: Windows, spoken: Callable[[int], object]
+        self, shards: ShardSet, slots: range, windows: Windows, progress: Callable[[int], object]
     ) -> Rows:
-        """The arrays of one file; `spoken` is told the tokens of each batch that is done."""
-        self.teacher.start(self.device, shelf.stage)
-        rows = {n: np.empty(shape, dtype) for n, (dtype, shape) in shelf.layout(len(slots)).items()}
-        step = max(1, self.batch_tokens // shelf.sequence_length)
+        """The arrays of one file; `progress` is given the tokens of each batch that is done."""
+        self.teacher.start(self.device, shards.stage)
+        rows = {
+            n: np.empty(shape, dtype) for n, (dtype, shape) in shards.layout(len(slots)).items()
+        }
+        step = max(1, self.batch_tokens // shards.sequence_length)
         for start in range(0, len(slots), step):
             here = slice(start, min(start + step, len(slots)))
-            batch = windows.rows(shelf.split, slots[here])
-            for name, values in self._say(batch, shelf, slots[here].start).items():
+            batch = windows.rows(shards.split, slots[here])
+            for name, values in self._top_k(batch, shards, slots[here].start).items():
                 rows[name][here] = values
-            spoken(batch[:, 1:].numel())
+            progress(batch[:, 1:].numel())
         return rows
 
-    def _say(self, batch: Tensor, shelf: Shelf, first: int) -> Rows:
+    def _top_k(self, batch: Tensor, shards: ShardSet, first: int) -> Rows:
         digests = b"".join(text_digest(window) for window in batch)
         text = np.frombuffer(digests, np.uint8).reshape(len(batch), 8)
         batch = batch.to(self.device)
-        head = self.teacher.teach(batch, shelf.split, first)
+        head = self.teacher.distributions(batch, shards.split, first)
         kept, text_log_probs = top_k_and_text(
             head,
             batch[:, 1:].flatten(),
-            shelf.top_k,
+            shards.top_k,
             self.objective.temperature,
             self.objective.chunk_tokens,
         )

@@ -1,4 +1,4 @@
-"""What a store of a teacher's words holds, so that no run reads one that is not its own."""
+"""What a teacher cache holds, so that no run reads one that is not its own."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from elastic.routing.curriculum import Stage
 from elastic.storage.files import digest, write_json
 
 FORMAT_VERSION = 1
-INDEX = "store.json"
+INDEX = "cache.json"
 SAMPLES = 64
 """Pieces of a large file, or windows of a text, that stand for the whole of it."""
 PIECE, SMALL_FILE = 4096, 1 << 24
@@ -25,7 +25,7 @@ PIECE, SMALL_FILE = 4096, 1 << 24
 
 
 @dataclass(frozen=True)
-class StageContents:
+class StageEntry:
     """The text of one stage."""
 
     sequence_length: int
@@ -40,8 +40,8 @@ class StageContents:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """Teacher, cut, text and stages of a store."""
+class CacheContents:
+    """Teacher, cut, text and stages of a cache."""
 
     teacher: str
     """Hash of the teacher's checkpoint: see `checkpoint_fingerprint`."""
@@ -53,14 +53,14 @@ class Contents:
     """`PreparedData.fingerprint`."""
     tokenizer: str
     separate_documents: bool
-    stages: dict[str, StageContents]
+    stages: dict[str, StageEntry]
 
 
 _WAYS = {
-    "teacher": ("the teacher", "use the parent that the store was written for"),
+    "teacher": ("the teacher", "use the parent that the cache was written for"),
     "top_k": ("objective.top_k", "set that"),
     "temperature": ("objective.temperature", "set that"),
-    "vocabulary": ("the parent's vocabulary", "use the parent that the store was written for"),
+    "vocabulary": ("the parent's vocabulary", "use the parent that the cache was written for"),
     "tokenizer": ("data.tokenizer", "set that"),
     "separate_documents": ("data.separate_documents", "set that"),
     "text": ("the text", "restore data.*, its files, or the versions of its libraries"),
@@ -70,10 +70,10 @@ _WAYS = {
 
 
 @dataclass(frozen=True)
-class Index:
-    """`store.json`: contents, and how the files hold them."""
+class CacheIndex:
+    """`cache.json`: contents, and how the files hold them."""
 
-    contents: Contents
+    contents: CacheContents
     shard_sequences: int
     log_probs: str
 
@@ -91,34 +91,34 @@ class Index:
         os.replace(mine, directory / INDEX)
 
     @classmethod
-    def read(cls, directory: Path) -> "Index":
+    def read(cls, directory: Path) -> "CacheIndex":
         """Raises ConfigError when there is none, or none that can be read."""
         path = directory / INDEX
         if not path.is_file():
             raise ConfigError(
-                f"objective.store={directory}: {INDEX} is not there; must be a directory that "
-                "python -m elastic.teacher has written, with the settings of this run"
+                f"objective.teacher_cache={directory}: {INDEX} is not there; must be a directory "
+                "that elastic cache-teacher has written, with the settings of this run"
             )
         try:
             value = json.loads(path.read_bytes())
             version = value.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ConfigError(
-                    f"objective.store={directory}: format_version={version}, this version reads "
-                    f"{FORMAT_VERSION}; write another store with python -m elastic.teacher"
+                    f"objective.teacher_cache={directory}: format_version={version}, this version "
+                    f"reads {FORMAT_VERSION}; write another cache with elastic cache-teacher"
                 )
             contents = value.pop("contents")
-            stages = {n: StageContents(**stage) for n, stage in contents.pop("stages").items()}
-            return cls(Contents(**contents, stages=stages), **value)
+            stages = {n: StageEntry(**stage) for n, stage in contents.pop("stages").items()}
+            return cls(CacheContents(**contents, stages=stages), **value)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"objective.store={directory}: {INDEX} is damaged ({error!r}); restore it, or "
-                "write another store with python -m elastic.teacher"
+                f"objective.teacher_cache={directory}: {INDEX} is damaged ({error!r}); restore it, "
+                "or write another cache with elastic cache-teacher"
             ) from error
 
-    def require_same(self, directory: Path, wanted: Contents) -> None:
+    def require_same(self, directory: Path, wanted: CacheContents) -> None:
         """Raise ConfigError unless every stage is of the same teacher, cut, text and order.
 
         How much of a stage is there is another matter.
@@ -127,8 +127,8 @@ class Index:
             stored, mine = getattr(self.contents, field), getattr(wanted, field)
             if stored != mine:
                 raise ConfigError(
-                    f"objective.store={directory}: {name} is {mine} here and {stored} in the "
-                    f"store; {way}, or write another store with python -m elastic.teacher"
+                    f"objective.teacher_cache={directory}: {name} is {mine} here and {stored} in "
+                    f"the cache; {way}, or write another cache with elastic cache-teacher"
                 )
         for name, stage in wanted.stages.items():
             stored_stage = self.contents.stages.get(name)
@@ -142,33 +142,34 @@ class Index:
                 stored, mine = getattr(stored_stage, field), getattr(stage, field)
                 if stored != mine:
                     raise ConfigError(
-                        f"objective.store={directory}: {setting} is {mine} here and {stored} in "
-                        "the store; set that, or write another store with python -m elastic.teacher"
+                        f"objective.teacher_cache={directory}: {setting} is {mine} here and "
+                        f"{stored} in the cache; set that, or write another cache with "
+                        "elastic cache-teacher"
                     )
 
-    def require_covers(self, directory: Path, wanted: Contents) -> None:
+    def require_covers(self, directory: Path, wanted: CacheContents) -> None:
         """Raise ConfigError unless every sequence of every stage has a place."""
         for name, stage in wanted.stages.items():
             stored = self.contents.stages.get(name)
             there = 0 if stored is None else stored.train
             if there < stage.train:
                 raise ConfigError(
-                    f"objective.store={directory}: has {there} sequences of length "
+                    f"objective.teacher_cache={directory}: has {there} sequences of length "
                     f"{stage.sequence_length} for stage {name}, this run reads {stage.train}; "
-                    "run python -m elastic.teacher again with the settings of this run"
+                    "run elastic cache-teacher again with the settings of this run"
                 )
 
 
-def contents_of(
+def cache_contents(
     config: RunConfig, stages: Iterable[Stage], data: PreparedData, teacher: Path, vocabulary: int
-) -> Contents:
-    """What the store of a run must hold; `teacher` is the checkpoint of the unsorted parent.
+) -> CacheContents:
+    """What the cache of a run must hold; `teacher` is the checkpoint of the unsorted parent.
 
     Stages of mode pretrain have no teacher and are left out.
     """
     assert config.objective.top_k is not None
     elastic = [stage for stage in stages if stage.config.mode == "elastic"]
-    return Contents(
+    return CacheContents(
         teacher=checkpoint_fingerprint(teacher),
         top_k=config.objective.top_k,
         temperature=config.objective.temperature,
@@ -195,7 +196,7 @@ def text_of(config: RunConfig, stage: Stage, data: PreparedData) -> TextDataModu
     )
 
 
-def _stage_contents(config: RunConfig, stage: Stage, data: PreparedData) -> StageContents:
+def _stage_contents(config: RunConfig, stage: Stage, data: PreparedData) -> StageEntry:
     text = text_of(config, stage, data)
     train, held_out = text.stream.sequences, text.validation
     windows, rows = len(train), len(held_out)
@@ -208,7 +209,7 @@ def _stage_contents(config: RunConfig, stage: Stage, data: PreparedData) -> Stag
         total.update(window_bytes(train[int(order[number])]))
     for number in _spread(rows):
         total.update(window_bytes(held_out[number]))
-    return StageContents(
+    return StageEntry(
         sequence_length=stage.config.sequence_length,
         windows=windows,
         train=min(stage.tokens // stage.config.sequence_length, windows),

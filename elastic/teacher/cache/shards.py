@@ -1,4 +1,4 @@
-"""Files of a store: safetensors with a checksum for every sequence, read through memory maps.
+"""Files of a cache: safetensors with a checksum for every sequence, read through memory maps.
 
 A checksum of a whole file would make a run that jumps to another file read all of it for one
 sequence; by sequence, everything that is used is verified and nothing else is read.
@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from elastic.config import ConfigError
 from elastic.storage.files import atomic_file
-from elastic.teacher.cache.index import Index
+from elastic.teacher.cache.index import CacheIndex
 
 Rows = dict[str, np.ndarray]
 """Some sequences: `indices` and `log_probs` (n, t, k), `text_log_probs` (n, t), `text` (n, 8)."""
@@ -25,7 +25,7 @@ PARTS = ("indices", "log_probs", "text_log_probs", "text")
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ShardSet:
     """The files of one split of one stage."""
 
     directory: Path
@@ -41,8 +41,8 @@ class Shelf:
     log_probs: str
 
     @classmethod
-    def of(cls, directory: Path, index: Index, stage: str, split: str) -> "Shelf":
-        """The files as a store's index describes them."""
+    def of(cls, directory: Path, index: CacheIndex, stage: str, split: str) -> "ShardSet":
+        """The files as a cache's index describes them."""
         contents = index.contents
         here = contents.stages[stage]
         return cls(
@@ -98,7 +98,7 @@ class Shelf:
         sums = [_checksum(arrays, row) for row in range(count)]
         arrays["sha256"] = np.frombuffer(b"".join(sums), np.uint8).reshape(count, 32)
         with atomic_file(self.path(number)) as temporary:
-            save_file(arrays, temporary, {"store": self._belongs(number)})
+            save_file(arrays, temporary, {"cache": self._belongs(number)})
 
     def fault(self, number: int) -> str | None:
         """What is wrong with a file as far as its header and its size say; None if nothing is."""
@@ -126,8 +126,8 @@ class Shelf:
     def refusal(self, number: int, fault: str) -> ConfigError:
         """The error for a file that cannot be used."""
         return ConfigError(
-            f"objective.store={self.directory}: {self._place(number)} {fault}; "
-            "delete it and run python -m elastic.teacher again, which writes what is missing"
+            f"objective.teacher_cache={self.directory}: {self._place(number)} {fault}; "
+            "delete it and run elastic cache-teacher again, which writes what is missing"
         )
 
     def verify(self, arrays: Rows, number: int, row: int) -> None:
@@ -139,7 +139,7 @@ class Shelf:
         return f"{self.stage}/{self.split}/{number:06d}.safetensors"
 
     def _belongs(self, number: int) -> str:
-        """One entry of the header, since the order of several is left to chance: the same words
+        """One entry of the header, since the order of several is undefined: the same contents
         give the same bytes."""
         return f"{self.key} {self._place(number)}"
 
@@ -155,18 +155,18 @@ class Shelf:
                 raise ValueError(f"is truncated, at {size} bytes")
             try:
                 header = json.loads(file.read(length))
-                belongs = header.pop("__metadata__")["store"]
+                belongs = header.pop("__metadata__")["cache"]
                 found = {name: entry["data_offsets"] for name, entry in header.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError("is damaged: its header cannot be read") from error
         if belongs != self._belongs(number):
-            raise ValueError(f"was written for another store or place, {belongs}")
+            raise ValueError(f"was written for another cache or place, {belongs}")
         layout = self.layout(len(self.rows(number)))
         sizes = {
             name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in layout.items()
         }
         if {name: end - start for name, (start, end) in found.items()} != sizes:
-            raise ValueError("holds another number of sequences than its place in the store")
+            raise ValueError("holds another number of sequences than its place in the cache")
         if size != 8 + length + sum(sizes.values()):
             raise ValueError(f"is truncated, at {size} bytes")
         return [8 + length + found[name][0] for name in layout]

@@ -1,4 +1,4 @@
-"""What the teacher says about a run's text, written to a store: resumable, by any number of
+"""Write the teacher's top-k log-probabilities for a run's text: resumable, by any number of
 workers."""
 
 import logging
@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from elastic.config import ConfigError, TeachConfig
+from elastic.config import CacheTeacherConfig, ConfigError
 from elastic.data import PreparedData, check_vocabulary, prepare_data
 from elastic.losses import check_objective
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config, read_shape
 from elastic.parent.weights import load_parent, locate
 from elastic.routing.curriculum import Stage, plan
-from elastic.teacher import LiveTeacher, contents_of
+from elastic.teacher import OnlineTeacher, cache_contents
 from elastic.teacher.base import SPLITS
-from elastic.teacher.cache.compute import Speaker, Windows
-from elastic.teacher.cache.index import INDEX, Contents, Index, text_of
-from elastic.teacher.cache.shards import Shelf
+from elastic.teacher.cache.compute import TopKWriter, Windows
+from elastic.teacher.cache.index import INDEX, CacheContents, CacheIndex, text_of
+from elastic.teacher.cache.shards import ShardSet
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +30,23 @@ log = logging.getLogger(__name__)
 class Task:
     """One file to write."""
 
-    shelf: Shelf
+    shards: ShardSet
     number: int
 
     @property
     def bytes(self) -> int:
-        return self.shelf.bytes(self.number)
+        return self.shards.bytes(self.number)
 
     @property
     def tokens(self) -> int:
-        return len(self.shelf.rows(self.number)) * self.shelf.sequence_length
+        return len(self.shards.rows(self.number)) * self.shards.sequence_length
 
 
-def write_store(config: TeachConfig) -> None:
+def write_cache(config: CacheTeacherConfig) -> None:
     """Write what this worker has to and is not there yet.
 
     Raises:
-        ConfigError: there is no teacher yet, the store is of another run, or does not fit the disk.
+        ConfigError: there is no teacher yet, the cache is of another run, or does not fit the disk.
     """
     source = teacher_directory(config)
     shape = read_shape(read_config(source))
@@ -56,31 +56,31 @@ def write_store(config: TeachConfig) -> None:
     data = _text(config)
     check_vocabulary(data.tokenizer, shape.vocab_size)
     stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
-    contents = contents_of(config, stages, data, source, shape.vocab_size)
-    directory = Path(config.objective.store or "")
+    contents = cache_contents(config, stages, data, source, shape.vocab_size)
+    directory = Path(config.objective.teacher_cache or "")
     index = index_for(directory, config, contents)
     tasks = _tasks(directory, index, list(contents.stages))
-    missing = [task.shelf.fault(task.number) is not None for task in tasks]
+    missing = [task.shards.fault(task.number) is not None for task in tasks]
     needed = sum(task.bytes for task, absent in zip(tasks, missing, strict=True) if absent)
     _require_space(directory, needed)
-    _publish(directory, index, config.teach.worker)
-    worker = slice(config.teach.worker, None, config.teach.workers)
+    _publish(directory, index, config.cache.worker)
+    worker = slice(config.cache.worker, None, config.cache.workers)
     mine = [task for task, absent in zip(tasks[worker], missing[worker], strict=True) if absent]
     _describe(config, contents, source)
     log.info(
         "%d of %d files are missing, %s bytes; worker %d of %d writes %d files",
-        sum(missing), len(tasks), f"{needed:,}", config.teach.worker, config.teach.workers,
+        sum(missing), len(tasks), f"{needed:,}", config.cache.worker, config.cache.workers,
         len(mine),
     )  # fmt: skip
     if mine:
         start = data.tokenizer.eos_token_id if config.data.separate_documents else None
-        teacher = LiveTeacher(load_parent(source, kernels), config.trainer.precision, start)
+        teacher = OnlineTeacher(load_parent(source, kernels), config.trainer.precision, start)
         _write(config, {s.name: s for s in stages}, data, teacher, device, mine)
-    left = sum(task.shelf.fault(task.number) is not None for task in tasks)
-    log.info("%s", f"{left} files left to other workers" if left else "the store is complete")
+    left = sum(task.shards.fault(task.number) is not None for task in tasks)
+    log.info("%s", f"{left} files left to other workers" if left else "the cache is complete")
 
 
-def teacher_directory(config: TeachConfig) -> Path:
+def teacher_directory(config: CacheTeacherConfig) -> Path:
     """Where the unsorted parent of a run is, trained if it has pretrain stages."""
     if any(stage.mode == "pretrain" for stage in config.curriculum.stages.values()):
         trained = Path(config.run_dir) / "parent"
@@ -95,47 +95,48 @@ def teacher_directory(config: TeachConfig) -> Path:
     return locate(config.parent.path)
 
 
-def index_for(directory: Path, config: TeachConfig, contents: Contents) -> Index:
-    """What the index of a store must say so that it covers this run too; nothing is written.
+def index_for(directory: Path, config: CacheTeacherConfig, contents: CacheContents) -> CacheIndex:
+    """What the index of a cache must say so that it covers this run too; nothing is written.
 
-    Raises ConfigError when the store is of another run, or written in another way.
+    Raises ConfigError when the cache is of another run, or written in another way.
     """
-    settings = config.teach
-    index = Index(contents, settings.shard_sequences, settings.log_probs)
+    settings = config.cache
+    index = CacheIndex(contents, settings.shard_sequences, settings.log_probs)
     if (directory / INDEX).is_file():
-        stored = Index.read(directory)
+        stored = CacheIndex.read(directory)
         stored.require_same(directory, contents)
         for name in ("shard_sequences", "log_probs"):
             there, wanted = getattr(stored, name), getattr(settings, name)
             if there != wanted:
                 raise ConfigError(
-                    f"teach.{name}={wanted}: objective.store={directory} was begun with {there}; "
-                    "must be that, or set another objective.store"
+                    f"cache.{name}={wanted}: objective.teacher_cache={directory} was begun with "
+                    f"{there}; must be that, or set another objective.teacher_cache"
                 )
         return replace(index, contents=_both(stored.contents, contents))
     names = [path.name for path in directory.iterdir()] if directory.exists() else []
     if not all(name.startswith(".") for name in names):  # a worker may be about to write the index
         raise ConfigError(
-            f"objective.store={directory}: not empty, and not a store; choose another directory"
+            f"objective.teacher_cache={directory}: not empty, and not a cache; choose another "
+            "directory"
         )
     return index
 
 
-def _publish(directory: Path, index: Index, worker: int) -> None:
+def _publish(directory: Path, index: CacheIndex, worker: int) -> None:
     """Write the index where it is not there yet; workers may do so at the same moment."""
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / INDEX).is_file() and Index.read(directory) == index:
+    if (directory / INDEX).is_file() and CacheIndex.read(directory) == index:
         return
     index.write(directory, worker)
-    if Index.read(directory) != index:
+    if CacheIndex.read(directory) != index:
         raise ConfigError(
-            f"objective.store={directory}: another worker has begun it with other settings; "
-            "start all workers with the same"
+            f"objective.teacher_cache={directory}: another worker has begun it with other "
+            "settings; start all workers with the same"
         )
 
 
-def _both(stored: Contents, wanted: Contents) -> Contents:
-    """Contents that cover two runs of the same order."""
+def _both(stored: CacheContents, wanted: CacheContents) -> CacheContents:
+    """CacheContents that cover two runs of the same order."""
     stages = dict(stored.stages)
     for name, stage in wanted.stages.items():
         there = stages.get(name, stage)
@@ -143,27 +144,29 @@ def _both(stored: Contents, wanted: Contents) -> Contents:
     return replace(wanted, stages=stages)
 
 
-def _device(config: TeachConfig) -> torch.device:
+def _device(config: CacheTeacherConfig) -> torch.device:
     """A GPU of this machine, by the worker's number, unless the settings say cpu."""
     wanted = config.trainer.accelerator
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: no GPU is visible; must be cpu or auto here")
-    return torch.device("cuda", config.teach.worker % torch.cuda.device_count())
+    return torch.device("cuda", config.cache.worker % torch.cuda.device_count())
 
 
-def _text(config: TeachConfig) -> PreparedData:
+def _text(config: CacheTeacherConfig) -> PreparedData:
     source = None if config.parent.path is None else str(locate(config.parent.path))
     return prepare_data(config.data, Path(config.run_dir) / "data", source)
 
 
-def _tasks(directory: Path, index: Index, stages: list[str]) -> list[Task]:
+def _tasks(directory: Path, index: CacheIndex, stages: list[str]) -> list[Task]:
     """All files of some stages; validation first, which is small and soon worth looking at."""
-    shelves = [
-        Shelf.of(directory, index, stage, split) for split in reversed(SPLITS) for stage in stages
+    shard_sets = [
+        ShardSet.of(directory, index, stage, split)
+        for split in reversed(SPLITS)
+        for stage in stages
     ]
-    return [Task(shelf, number) for shelf in shelves for number in range(shelf.count())]
+    return [Task(shards, number) for shards in shard_sets for number in range(shards.count())]
 
 
 def _require_space(directory: Path, needed: int) -> None:
@@ -172,16 +175,16 @@ def _require_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise ConfigError(
-            f"objective.store={directory}: {needed:,} bytes are to be written and {free:,} are "
-            "free; must be on a larger disk, or lower objective.top_k or the stages' tokens"
+            f"objective.teacher_cache={directory}: {needed:,} bytes are to be written and {free:,} "
+            "are free; must be on a larger disk, or lower objective.top_k or the stages' tokens"
         )
 
 
-def _describe(config: TeachConfig, contents: Contents, source: Path) -> None:
+def _describe(config: CacheTeacherConfig, contents: CacheContents, source: Path) -> None:
     log.info(
         "teacher %s: top %d of %d tokens at temperature %g, in %s, to %s",
         source, contents.top_k, contents.vocabulary, contents.temperature,
-        config.teach.log_probs, config.objective.store,
+        config.cache.log_probs, config.objective.teacher_cache,
     )  # fmt: skip
     for name, stage in contents.stages.items():
         log.info(
@@ -191,19 +194,19 @@ def _describe(config: TeachConfig, contents: Contents, source: Path) -> None:
 
 
 def _write(
-    config: TeachConfig,
+    config: CacheTeacherConfig,
     stages: dict[str, Stage],
     data: PreparedData,
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     device: torch.device,
     tasks: list[Task],
 ) -> None:
     """Write files, one after the other."""
-    names = {task.shelf.stage for task in tasks}
+    names = {task.shards.stage for task in tasks}
     texts = {name: Windows(text_of(config, stages[name], data)) for name in names}
-    speaker = Speaker(teacher, device, config.objective, config.teach.batch_tokens)
+    writer = TopKWriter(teacher, device, config.objective, config.cache.batch_tokens)
     with tqdm(
-        desc="teach",
+        desc="teacher",
         total=sum(task.tokens for task in tasks),
         unit="tok",
         unit_scale=True,
@@ -211,10 +214,10 @@ def _write(
         dynamic_ncols=True,
     ) as bar:
         for task in tasks:
-            shelf, text = task.shelf, texts[task.shelf.stage]
-            _clear(shelf.path(task.number))
-            slots = shelf.rows(task.number)
-            shelf.write(task.number, speaker.rows(shelf, slots, text, bar.update))
+            shards, text = task.shards, texts[task.shards.stage]
+            _clear(shards.path(task.number))
+            slots = shards.rows(task.number)
+            shards.write(task.number, writer.rows(shards, slots, text, bar.update))
 
 
 def _clear(path: Path) -> None:

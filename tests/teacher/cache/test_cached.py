@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers.stores import Case
 from helpers.strategies import random_parent
+from helpers.teacher_caches import Case
 from torch import Tensor
 
 from elastic.config import ObjectiveConfig
@@ -16,16 +16,16 @@ from elastic.data.datamodule import SequenceStream
 from elastic.losses import TopK, token_terms
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
-from elastic.teacher import LiveTeacher, StoredTeacher
+from elastic.teacher import CachedTeacher, OnlineTeacher
 from elastic.teacher.cache.index import text_of
-from elastic.teacher.cache.write import write_store
+from elastic.teacher.cache.write import write_cache
 
 CPU = torch.device("cpu")
 SEQUENCES = 4
 
 
-def live(case: Case) -> LiveTeacher:
-    return LiveTeacher(load_parent(case.teacher), "32-true", None)
+def live(case: Case) -> OnlineTeacher:
+    return OnlineTeacher(load_parent(case.teacher), "32-true", None)
 
 
 def losses(case: Case, student: HybridParent, batch: Tensor, *said: object) -> list[float]:
@@ -56,7 +56,7 @@ def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Tensor]]
     ]
 
 
-def pair(case: Case, stage: str) -> tuple[LiveTeacher, StoredTeacher]:
+def pair(case: Case, stage: str) -> tuple[OnlineTeacher, CachedTeacher]:
     one, two = live(case), case.reader()
     one.start(CPU, stage)
     two.start(CPU, stage)
@@ -74,7 +74,10 @@ def test_every_batch_of_a_run_has_the_loss_of_the_live_teacher(case: Case, stage
     epochs = (seen[-1][0] + SEQUENCES - 1) / windows
     assert (2 < epochs < 3) if stage == "short" else epochs < 1
     for first, batch in seen:
-        words = teacher.teach(batch, "train", first), stored.teach(batch, "train", first)
+        words = (
+            teacher.distributions(batch, "train", first),
+            stored.distributions(batch, "train", first),
+        )
         expected, found = losses(case, student, batch, *words)
         assert found == pytest.approx(expected, rel=1e-6)
 
@@ -86,8 +89,8 @@ def test_validation_has_the_loss_of_the_live_teacher_and_of_its_own_text(case: C
     student = random_parent(case.config.parent.shape, seed=1)
     for first in range(0, len(text), 3):
         batch = torch.stack([text[row] for row in range(first, min(first + 3, len(text)))])
-        said = teacher.teach(batch, "validation", first)
-        kept = stored.teach(batch, "validation", first)
+        said = teacher.distributions(batch, "validation", first)
+        kept = stored.distributions(batch, "validation", first)
         expected, found = losses(case, student, batch, said, kept)
         assert found == pytest.approx(expected, rel=1e-6)
         terms = token_terms(said, None, batch[:, 1:].flatten(), ObjectiveConfig())  # type: ignore[arg-type]
@@ -102,16 +105,16 @@ def test_a_sequence_is_stored_once_however_often_it_comes(case: Case) -> None:
     assert contents["short"].train == contents["short"].windows < positions / 2
     assert contents["long"].train == case.stages["long"].tokens // 64 < contents["long"].windows
     for stage, length in (("short", 32), ("long", 64)):
-        shelf = stored.shelves[stage, "train"]
-        rows = [len(shelf.open(number)["text"]) for number in range(shelf.count())]
+        shards = stored.shard_sets[stage, "train"]
+        rows = [len(shards.open(number)["text"]) for number in range(shards.count())]
         assert sum(rows) == contents[stage].train and max(rows) <= 20
-        assert shelf.layout(1)["indices"][1] == (1, length, 7)
+        assert shards.layout(1)["indices"][1] == (1, length, 7)
 
 
 def test_half_precision_costs_little(case: Case, make: Callable[..., Case]) -> None:
     """Log-probabilities in float16: three decimals of each, far less of the loss."""
-    half = make("teach.log_probs=float16")
-    write_store(half.config)
+    half = make("cache.log_probs=float16")
+    write_cache(half.config)
     assert case.config.parent.shape is not None
     student = random_parent(case.config.parent.shape, seed=1)
     exact, rounded = case.reader(), half.reader()
@@ -119,7 +122,7 @@ def test_half_precision_costs_little(case: Case, make: Callable[..., Case]) -> N
     for teacher in (exact, rounded):
         teacher.start(CPU, "short")
     for first, batch in itertools.islice(batches(case, "short", 1), 8):
-        words = [teacher.teach(batch, "train", first) for teacher in (exact, rounded)]
+        words = [teacher.distributions(batch, "train", first) for teacher in (exact, rounded)]
         assert words[1].log_probs.dtype == torch.float16
         expected, found = losses(case, student, batch, *words)
         errors.append(abs(found / expected - 1))
@@ -127,8 +130,8 @@ def test_half_precision_costs_little(case: Case, make: Callable[..., Case]) -> N
 
 
 def test_vocabularies_beyond_16_bits_have_wider_indices(case: Case) -> None:
-    shelf = case.reader().shelves["short", "train"]
-    small, large = (dataclasses.replace(shelf, vocabulary=size) for size in (1 << 16, 131_072))
+    shards = case.reader().shard_sets["short", "train"]
+    small, large = (dataclasses.replace(shards, vocabulary=size) for size in (1 << 16, 131_072))
     assert small.layout(1)["indices"][0] == np.uint16
     assert large.layout(1)["indices"][0] == np.uint32
 
@@ -137,7 +140,7 @@ def test_files_are_mapped_not_loaded(case: Case) -> None:
     stored = case.reader()
     stored.start(CPU, "short")
     (first, batch), *_ = batches(case, "short", 1)
-    said = stored.teach(batch, "train", first)
+    said = stored.distributions(batch, "train", first)
     assert isinstance(said, TopK) and said.indices.shape == (batch[:, 1:].numel(), 7)
     arrays = [array for rows in stored._maps.values() for array in rows.values()]
     assert arrays and all(isinstance(array, np.memmap) for array in arrays)
@@ -148,4 +151,4 @@ def test_words_about_other_text_are_not_taken(case: Case) -> None:
     _, stored = pair(case, "short")
     (first, batch), (other, _), *_ = batches(case, "short", 1)
     with pytest.raises(AssertionError, match="not the text of this place"):
-        stored.teach(batch, "train", other)
+        stored.distributions(batch, "train", other)

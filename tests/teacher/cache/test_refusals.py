@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stores import Case
 from helpers.strategies import random_parent
+from helpers.teacher_caches import Case
 
 from elastic.config import ConfigError
 from elastic.parent.weights import save_parent
-from elastic.teacher import StoredTeacher
+from elastic.teacher import CachedTeacher
 from elastic.teacher.cache.index import INDEX, checkpoint_fingerprint, text_of
-from elastic.teacher.cache.shards import Shelf
-from elastic.teacher.cache.write import write_store
+from elastic.teacher.cache.shards import ShardSet
+from elastic.teacher.cache.write import write_cache
 
 CPU = torch.device("cpu")
 EXTRA = "{tokens: 512, sequence_length: 64, batch_tokens: 512, model_lr: 1}"
@@ -24,25 +24,25 @@ EXTRA = "{tokens: 512, sequence_length: 64, batch_tokens: 512, model_lr: 1}"
 
 @pytest.fixture
 def copy(case: Case, tmp_path: Path) -> Path:
-    """The written store, to damage."""
-    return shutil.copytree(case.store, tmp_path / "store")
+    """The written cache, to damage."""
+    return shutil.copytree(case.cache, tmp_path / "cache")
 
 
-def refusal(action: Callable[[], object], store: Path) -> str:
-    """The one line of an error; it names the store."""
+def refusal(action: Callable[[], object], cache: Path) -> str:
+    """The one line of an error; it names the cache."""
     with pytest.raises(ConfigError) as caught:
         action()
     line = str(caught.value)
-    assert "\n" not in line and f"objective.store={store}: " in line
+    assert "\n" not in line and f"objective.teacher_cache={cache}: " in line
     return line
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("objective.top_k=6", ["objective.top_k is 6 here and 7 in the store; set that"]),
-        ("objective.temperature=1", ["objective.temperature is 1.0 here and 1.5 in the store"]),
-        ("seed=1", ["seed is 1 here and 0 in the store"]),
+        ("objective.top_k=6", ["objective.top_k is 6 here and 7 in the cache; set that"]),
+        ("objective.temperature=1", ["objective.temperature is 1.0 here and 1.5 in the cache"]),
+        ("seed=1", ["seed is 1 here and 0 in the cache"]),
         ("data.separate_documents=true", ["data.separate_documents is True here and False"]),
         ("data.validation_every=2", ["the text is ", "restore data.*"]),
         ("data.validation_sequences=7", ["data.validation_sequences", "is 7 here and 8"]),
@@ -55,8 +55,8 @@ def test_a_store_of_another_run_is_refused(
     change: str, words: list[str], case: Case, make: Callable[..., Case]
 ) -> None:
     wanted = make(change).wanted()
-    line = refusal(lambda: StoredTeacher(case.store, wanted, True), case.store)
-    for word in (*words, "python -m elastic.teacher"):
+    line = refusal(lambda: CachedTeacher(case.cache, wanted, True), case.cache)
+    for word in (*words, "elastic cache-teacher"):
         assert word in line
 
 
@@ -68,7 +68,7 @@ def test_a_stage_of_another_name_has_another_order(case: Case) -> None:
     swapped = dict(wanted.stages)
     swapped["short"] = dataclasses.replace(swapped["short"], order=swapped["long"].order)
     other = dataclasses.replace(wanted, stages=swapped)
-    line = refusal(lambda: StoredTeacher(case.store, other, True), case.store)
+    line = refusal(lambda: CachedTeacher(case.cache, other, True), case.cache)
     assert "the order of the text in stage short" in line
 
 
@@ -77,7 +77,7 @@ def test_text_that_changed_under_its_fingerprint_is_noticed(case: Case) -> None:
     moved = dataclasses.replace(case.data, train=case.data.train[1:])
     other = dataclasses.replace(case, data=moved).wanted()
     assert other.text == case.wanted().text
-    line = refusal(lambda: StoredTeacher(case.store, other, True), case.store)
+    line = refusal(lambda: CachedTeacher(case.cache, other, True), case.cache)
     assert "the order of the text in stage" in line
 
 
@@ -85,7 +85,7 @@ def test_a_store_of_another_teacher_is_refused(case: Case, tmp_path: Path) -> No
     assert case.config.parent.shape is not None
     save_parent(random_parent(case.config.parent.shape, seed=5), tmp_path)
     wanted = dataclasses.replace(case, teacher=tmp_path).wanted()
-    line = refusal(lambda: StoredTeacher(case.store, wanted, True), case.store)
+    line = refusal(lambda: CachedTeacher(case.cache, wanted, True), case.cache)
     assert "the teacher is " in line and "use the parent that" in line
 
 
@@ -119,8 +119,8 @@ def test_of_a_large_file_the_fingerprint_reads_samples(tmp_path: Path) -> None:
 
 
 def test_a_missing_index_is_refused(case: Case, tmp_path: Path) -> None:
-    line = refusal(lambda: StoredTeacher(tmp_path, case.wanted(), True), tmp_path)
-    assert "store.json is not there" in line and "python -m elastic.teacher" in line
+    line = refusal(lambda: CachedTeacher(tmp_path, case.wanted(), True), tmp_path)
+    assert "cache.json is not there" in line and "elastic cache-teacher" in line
 
 
 @pytest.mark.parametrize(
@@ -134,43 +134,43 @@ def test_a_missing_index_is_refused(case: Case, tmp_path: Path) -> None:
 )
 def test_a_damaged_index_is_refused(text: str, words: str, case: Case, copy: Path) -> None:
     (copy / INDEX).write_text(text)
-    assert words in refusal(lambda: StoredTeacher(copy, case.wanted(), True), copy)
+    assert words in refusal(lambda: CachedTeacher(copy, case.wanted(), True), copy)
 
 
-def shard(store: Path, number: int = 1) -> Path:
-    return store / "short" / "train" / f"{number:06d}.safetensors"
+def shard(cache: Path, number: int = 1) -> Path:
+    return cache / "short" / "train" / f"{number:06d}.safetensors"
 
 
 def test_missing_files_are_named(case: Case, copy: Path) -> None:
     for number in (1, 2, 3, 4):
         shard(copy, number).unlink()
-    line = refusal(lambda: StoredTeacher(copy, case.wanted(), True), copy)
+    line = refusal(lambda: CachedTeacher(copy, case.wanted(), True), copy)
     assert "4 files are missing, short/train/000001.safetensors, " in line and "..." in line
-    StoredTeacher(copy, case.wanted(), thorough=False)  # another process has looked
+    CachedTeacher(copy, case.wanted(), thorough=False)  # another process has looked
 
 
 @pytest.mark.parametrize("kept", [0, 5, 300, -1])
 def test_a_truncated_file_is_refused_at_the_start(kept: int, case: Case, copy: Path) -> None:
     shard(copy).write_bytes(shard(copy).read_bytes()[:kept])
-    line = refusal(lambda: StoredTeacher(copy, case.wanted(), True), copy)
+    line = refusal(lambda: CachedTeacher(copy, case.wanted(), True), copy)
     assert "short/train/000001.safetensors is truncated, at " in line and "delete it" in line
 
 
 def test_a_file_of_another_store_is_refused(
     case: Case, copy: Path, make: Callable[..., Case]
 ) -> None:
-    other = make("objective.temperature=1", f"objective.store='{copy.parent}/other'")
-    write_store(other.config)
-    shutil.copy(shard(other.store), shard(copy))
-    line = refusal(lambda: StoredTeacher(copy, case.wanted(), True), copy)
-    assert "was written for another store or place" in line
+    other = make("objective.temperature=1", f"objective.teacher_cache='{copy.parent}/other'")
+    write_cache(other.config)
+    shutil.copy(shard(other.cache), shard(copy))
+    line = refusal(lambda: CachedTeacher(copy, case.wanted(), True), copy)
+    assert "was written for another cache or place" in line
 
 
 def test_a_file_in_the_place_of_another_is_refused(case: Case, copy: Path) -> None:
-    """Of the same store, with the same number of sequences."""
+    """Of the same cache, with the same number of sequences."""
     shutil.copy(shard(copy, 2), shard(copy, 1))
-    line = refusal(lambda: StoredTeacher(copy, case.wanted(), True), copy)
-    assert "was written for another store or place" in line
+    line = refusal(lambda: CachedTeacher(copy, case.wanted(), True), copy)
+    assert "was written for another cache or place" in line
 
 
 def flip(path: Path, place: int) -> None:
@@ -184,11 +184,11 @@ def test_a_flipped_bit_is_noticed_when_its_sequence_is_read(
     part: str, case: Case, copy: Path
 ) -> None:
     """And in no other sequence, which needs no other bytes."""
-    shelf = StoredTeacher(copy, case.wanted(), True).shelves["short", "train"]
-    array = shelf.open(1)[part]
+    shards = CachedTeacher(copy, case.wanted(), True).shard_sets["short", "train"]
+    array = shards.open(1)[part]
     row, size = 7, array[0].nbytes
     flip(shard(copy), array.offset + row * size + size // 2)  # type: ignore[attr-defined]
-    stored = StoredTeacher(copy, case.wanted(), True)
+    stored = CachedTeacher(copy, case.wanted(), True)
     stored.start(CPU, "short")
     stored.cross_entropy("train", 20 + row - 2, 2)
     line = refusal(lambda: stored.cross_entropy("train", 20 + row, 1), copy)
@@ -199,16 +199,16 @@ def test_no_flipped_bit_of_a_header_goes_unnoticed(case: Case, copy: Path) -> No
     """Refused, or still read for what it is."""
     path = shard(copy)
     whole = path.read_bytes()
-    shelf = StoredTeacher(copy, case.wanted(), True).shelves["short", "train"]
+    shards = CachedTeacher(copy, case.wanted(), True).shard_sets["short", "train"]
     length = int.from_bytes(whole[:8], "little")
-    expected = {name: array.tobytes() for name, array in shelf.open(1).items()}
+    expected = {name: array.tobytes() for name, array in shards.open(1).items()}
     noticed = 0
     for place in range(8 + length):
         flip(path, place)
-        if shelf.fault(1) is not None:
+        if shards.fault(1) is not None:
             noticed += 1
         else:
-            found = {name: array.tobytes() for name, array in shelf.open(1).items()}
+            found = {name: array.tobytes() for name, array in shards.open(1).items()}
             assert found == expected, whole[place : place + 1]
         path.write_bytes(whole)
     assert noticed > length / 2
@@ -218,5 +218,5 @@ def test_the_text_of_a_stage_is_that_of_its_run(case: Case) -> None:
     """What writer and reader take for the text is what the run trains on."""
     text = text_of(case.config, case.stages["long"], case.data)
     assert text.stream.sequences.sequence_length == 64 and len(text.validation) == 8
-    assert json.loads((case.store / INDEX).read_text())["contents"]["stages"]["long"]["train"] == 16
-    assert isinstance(case.reader().shelves["long", "validation"], Shelf)
+    assert json.loads((case.cache / INDEX).read_text())["contents"]["stages"]["long"]["train"] == 16
+    assert isinstance(case.reader().shard_sets["long", "validation"], ShardSet)

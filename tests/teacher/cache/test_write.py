@@ -1,4 +1,4 @@
-"""Writing a store: by the command, in pieces, by several workers, killed on the way."""
+"""Writing a cache: by the command, in pieces, by several workers, killed on the way."""
 
 import dataclasses
 import os
@@ -14,28 +14,28 @@ from types import SimpleNamespace
 import pytest
 from helpers.paths import ROOT
 from helpers.runs import settings
-from helpers.stores import Case
+from helpers.teacher_caches import Case
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import elastic.teacher.cache.write
 from elastic.cli.command import CONF
-from elastic.config import ConfigError, RunConfig, StoreConfig, TeachConfig, parse
-from elastic.teacher.cache.index import INDEX, Index
-from elastic.teacher.cache.write import write_store
+from elastic.config import CacheConfig, CacheTeacherConfig, ConfigError, RunConfig, parse
+from elastic.teacher.cache.index import INDEX, CacheIndex
+from elastic.teacher.cache.write import write_cache
 
 
-def files(store: Path) -> dict[str, bytes]:
+def files(cache: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in store.rglob("*")
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in cache.rglob("*")
         if path.is_file()
     }
 
 
 def refusal(case: Case) -> str:
     with pytest.raises(ConfigError) as caught:
-        write_store(case.config)
+        write_cache(case.config)
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -48,52 +48,52 @@ def test_only_what_is_missing_or_damaged_is_written_again(
     case: Case, make: Callable[..., Case]
 ) -> None:
     mine = make()
-    write_store(mine.config)
-    whole, shards = files(mine.store), sorted(mine.store.rglob("*.safetensors"))
-    assert whole == files(case.store)
+    write_cache(mine.config)
+    whole, shards = files(mine.cache), sorted(mine.cache.rglob("*.safetensors"))
+    assert whole == files(case.cache)
     shards[0].unlink()
-    shards[2].write_bytes(whole[str(shards[2].relative_to(mine.store))][:-1])
+    shards[2].write_bytes(whole[str(shards[2].relative_to(mine.cache))][:-1])
     left = shards[0].with_name(f".{shards[0].name}.tmp-1")  # what a killed worker leaves
     left.write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in shards[1:]}
-    write_store(mine.config)
-    assert files(mine.store) == whole
+    write_cache(mine.config)
+    assert files(mine.cache) == whole
     changed = [path for path in shards[1:] if path.stat().st_mtime_ns != times[path]]
     assert changed == [shards[2]]
 
 
 def test_workers_share_the_files_of_one_store(case: Case, make: Callable[..., Case]) -> None:
-    """One after the other each writes its own; the store is the one that a single worker writes."""
+    """One after the other each writes its own; the cache is the one that a single worker writes."""
     parts = []
     for worker in (2, 0, 1):
-        mine = make("teach.workers=3", f"teach.worker={worker}")
-        before = set(files(mine.store)) if mine.store.exists() else set()
-        write_store(mine.config)
-        parts.append(set(files(mine.store)) - before - {INDEX})
+        mine = make("cache.workers=3", f"cache.worker={worker}")
+        before = set(files(mine.cache)) if mine.cache.exists() else set()
+        write_cache(mine.config)
+        parts.append(set(files(mine.cache)) - before - {INDEX})
     assert len(set.union(*parts)) == sum(map(len, parts)) and min(map(len, parts)) > 1
-    assert files(mine.store) == files(case.store)
+    assert files(mine.cache) == files(case.cache)
 
 
 def test_workers_may_start_at_the_same_moment(case: Case, make: Callable[..., Case]) -> None:
-    cases = [make("teach.workers=3", f"teach.worker={worker}") for worker in range(3)]
+    cases = [make("cache.workers=3", f"cache.worker={worker}") for worker in range(3)]
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(write_store, [each.config for each in cases]))
-    assert files(cases[0].store) == files(case.store)
+        list(pool.map(write_cache, [each.config for each in cases]))
+    assert files(cases[0].cache) == files(case.cache)
 
 
 def test_a_longer_run_adds_to_the_store(make: Callable[..., Case]) -> None:
     """What is there stays, but for a last file that was not full."""
     short, long = make(), make("curriculum.stages.long.tokens=3000")
-    write_store(short.config)
-    before = files(short.store)
-    write_store(long.config)
-    after = files(long.store)
+    write_cache(short.config)
+    before = files(short.cache)
+    write_cache(long.config)
+    after = files(long.cache)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {INDEX, "long/train/000000.safetensors"}
     short.reader()
     long.reader()
-    write_store(short.config)  # the shorter run takes nothing away
-    assert files(long.store) == after
+    write_cache(short.config)  # the shorter run takes nothing away
+    assert files(long.cache) == after
 
 
 def test_a_killed_command_goes_on_where_it_was(case: Case, make: Callable[..., Case]) -> None:
@@ -105,18 +105,18 @@ def test_a_killed_command_goes_on_where_it_was(case: Case, make: Callable[..., C
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 120
-    while len(list(mine.store.rglob("*.safetensors"))) < 3 and process.poll() is None:
+    while len(list(mine.cache.rglob("*.safetensors"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output.decode()
-    there = len(list(mine.store.rglob("*.safetensors")))
-    assert 3 <= there < len(list(case.store.rglob("*.safetensors")))
+    there = len(list(mine.cache.rglob("*.safetensors")))
+    assert 3 <= there < len(list(case.cache.rglob("*.safetensors")))
     with pytest.raises(ConfigError, match="files are missing"):
         mine.reader()
-    write_store(mine.config)
-    assert files(mine.store) == files(case.store)
+    write_cache(mine.config)
+    assert files(mine.cache) == files(case.cache)
 
 
 # Refusals
@@ -130,7 +130,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     monkeypatch.setattr(elastic.teacher.cache.write, "shutil", usage)
     line = refusal(mine)
     assert "bytes are to be written and 1,000 are free" in line and "objective.top_k" in line
-    assert not mine.store.exists()
+    assert not mine.cache.exists()
 
 
 def test_the_bytes_that_are_named_are_those_that_are_written(
@@ -139,27 +139,27 @@ def test_the_bytes_that_are_named_are_those_that_are_written(
     """But for a header of each file."""
     mine = make()
     with caplog.at_level("INFO"):
-        write_store(mine.config)
+        write_cache(mine.config)
     (line,) = [line for line in caplog.messages if "bytes; worker" in line]
     named = int(line.split(" bytes;")[0].split()[-1].replace(",", ""))
-    sizes = [path.stat().st_size for path in mine.store.rglob("*.safetensors")]
+    sizes = [path.stat().st_size for path in mine.cache.rglob("*.safetensors")]
     assert named < sum(sizes) < named + 1000 * len(sizes)
-    assert "the store is complete" in caplog.messages
+    assert "the cache is complete" in caplog.messages
 
 
 def test_a_store_begun_in_another_way_is_refused(make: Callable[..., Case]) -> None:
-    write_store(make("teach.workers=99", "teach.worker=98").config)  # the index, no file
-    for change in ("teach.shard_sequences=21", "teach.log_probs=float16"):
-        assert f"{change}: objective.store=" in refusal(make(change))
-    assert "seed is 1 here and 0 in the store" in refusal(make("seed=1"))
+    write_cache(make("cache.workers=99", "cache.worker=98").config)  # the index, no file
+    for change in ("cache.shard_sequences=21", "cache.log_probs=float16"):
+        assert f"{change}: objective.teacher_cache=" in refusal(make(change))
+    assert "seed is 1 here and 0 in the cache" in refusal(make("seed=1"))
 
 
 def test_a_directory_of_something_else_is_refused(make: Callable[..., Case]) -> None:
     mine = make()
-    mine.store.mkdir()
-    (mine.store / "thesis.tex").touch()
-    assert "not empty, and not a store" in refusal(mine)
-    assert files(mine.store) == {"thesis.tex": b""}
+    mine.cache.mkdir()
+    (mine.cache / "thesis.tex").touch()
+    assert "not empty, and not a cache" in refusal(mine)
+    assert files(mine.cache) == {"thesis.tex": b""}
 
 
 def test_a_run_without_a_trained_parent_has_no_teacher(case: Case, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_run_without_a_trained_parent_has_no_teacher(case: Case, tmp_path: Pat
 
 
 def test_an_index_survives_its_file(case: Case) -> None:
-    index = Index.read(case.store)
+    index = CacheIndex.read(case.cache)
     assert index.contents == case.wanted()
     assert index.key("short") != index.key("long")
 
@@ -177,20 +177,20 @@ def test_an_index_survives_its_file(case: Case) -> None:
 # Settings
 
 
-def composed(*overrides: str) -> TeachConfig:
+def composed(*overrides: str) -> CacheTeacherConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse(compose("teach", list(overrides)), TeachConfig)
+        return parse(compose("cache_teacher", list(overrides)), CacheTeacherConfig)
 
 
 def test_the_settings_are_those_of_the_run(tmp_path: Path) -> None:
     """Experiments and groups are chosen as for train.py."""
-    store = ["objective.store=DIR", "objective.top_k=5", "data.validation_every=9"]
-    mine = composed(f"run_dir='{tmp_path}'", "experiment=tiny_heterogeneous", *store)
-    run = settings(tmp_path, "objective.teacher=stored", *store, experiment="tiny_heterogeneous")
+    cache = ["objective.teacher_cache=DIR", "objective.top_k=5", "data.validation_every=9"]
+    mine = composed(f"run_dir='{tmp_path}'", "experiment=tiny_heterogeneous", *cache)
+    run = settings(tmp_path, "objective.teacher=offline", *cache, experiment="tiny_heterogeneous")
     for field in dataclasses.fields(RunConfig):
         assert getattr(mine, field.name) == getattr(run, field.name)
-    written = OmegaConf.load(CONF / "teach.yaml")["teach"]
-    assert set(written) == {field.name for field in dataclasses.fields(StoreConfig)}
+    written = OmegaConf.load(CONF / "cache_teacher.yaml")["cache"]
+    assert set(written) == {field.name for field in dataclasses.fields(CacheConfig)}
 
 
 @pytest.mark.parametrize(
@@ -208,22 +208,22 @@ def test_workers_find_their_number_themselves(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    teach = composed("objective.store=DIR", "objective.top_k=5").teach
-    assert (teach.worker, teach.workers) == expected
+    cache = composed("objective.teacher_cache=DIR", "objective.top_k=5").cache
+    assert (cache.worker, cache.workers) == expected
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("teach.worker=2", "teach.worker=2: must be at least 0 and below teach.workers=1"),
-        ("teach.shard_sequences=0", "teach.shard_sequences=0: must be positive"),
-        ("teach.log_probs=bfloat16", "teach.log_probs=bfloat16: must be one of float16, float32"),
+        ("cache.worker=2", "cache.worker=2: must be at least 0 and below cache.workers=1"),
+        ("cache.shard_sequences=0", "cache.shard_sequences=0: must be positive"),
+        ("cache.log_probs=bfloat16", "cache.log_probs=bfloat16: must be one of float16, float32"),
         ("objective.teacher=replicated", "objective.teacher=replicated: must be stored"),
         ("objective.top_k=null", "objective.top_k=None"),
-        ("objective.store=null", "objective.store=None"),
+        ("objective.teacher_cache=null", "objective.teacher_cache=None"),
     ],
 )
 def test_impossible_settings_stop_at_the_gate(change: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        composed("objective.store=DIR", "objective.top_k=5", change)
+        composed("objective.teacher_cache=DIR", "objective.top_k=5", change)
     assert words in str(caught.value)

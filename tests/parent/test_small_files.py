@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from elastic.parent.companions import copy_companions, licence_of
+from elastic.parent.small_files import copy_small_files, licence_of
 
 
 def fill(directory: Path, *names: str) -> Path:
@@ -18,7 +18,7 @@ def test_known_files_are_copied_and_none_is_replaced(tmp_path: Path) -> None:
         "weights.bin", "vocab.safetensors",
     )  # fmt: skip
     target = fill(tmp_path / "target", "tokenizer.json")
-    copy_companions(source, target)
+    copy_small_files(source, target)
     found = {path.name: path.read_text() for path in target.iterdir()}
     assert found == {
         "tokenizer.json": "of target",
@@ -30,7 +30,7 @@ def test_known_files_are_copied_and_none_is_replaced(tmp_path: Path) -> None:
 def test_another_tokenizer_is_not_mixed_with_the_parents(tmp_path: Path) -> None:
     source = fill(tmp_path / "source", "tokenizer.model", "chat_template.jinja", "NOTICE")
     target = fill(tmp_path / "target", "tokenizer.json")
-    copy_companions(source, target, tokenizer=False)
+    copy_small_files(source, target, tokenizer=False)
     assert {path.name for path in target.iterdir()} == {"tokenizer.json", "NOTICE"}
 
 

@@ -1,4 +1,4 @@
-"""A run that reads a store, small: a random parent, real text, two stages, one of three epochs."""
+"""A run that reads a cache, small: a random parent, real text, two stages, one of three epochs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,38 +8,38 @@ from helpers.strategies import random_parent
 from hydra import compose, initialize_config_dir
 
 from elastic.cli.command import CONF
-from elastic.config import TeachConfig, parse
+from elastic.config import CacheTeacherConfig, parse
 from elastic.data import PreparedData, prepare_data
 from elastic.parent.stock import read_config, read_shape
 from elastic.parent.weights import save_parent
 from elastic.routing.curriculum import Stage, plan
-from elastic.teacher import Contents, StoredTeacher, contents_of
+from elastic.teacher import CacheContents, CachedTeacher, cache_contents
 
 
 @dataclass(frozen=True)
 class Case:
     """Settings of one run and what they mean."""
 
-    config: TeachConfig
+    config: CacheTeacherConfig
     overrides: list[str]
     data: PreparedData
     stages: dict[str, Stage]
     teacher: Path
 
     @property
-    def store(self) -> Path:
-        return Path(self.config.objective.store or "")
+    def cache(self) -> Path:
+        return Path(self.config.objective.teacher_cache or "")
 
-    def wanted(self) -> Contents:
+    def wanted(self) -> CacheContents:
         vocabulary = read_shape(read_config(self.teacher)).vocab_size
         stages = list(self.stages.values())
-        return contents_of(self.config, stages, self.data, self.teacher, vocabulary)
+        return cache_contents(self.config, stages, self.data, self.teacher, vocabulary)
 
-    def reader(self) -> StoredTeacher:
-        return StoredTeacher(self.store, self.wanted(), thorough=True)
+    def reader(self) -> CachedTeacher:
+        return CachedTeacher(self.cache, self.wanted(), thorough=True)
 
 
-def case_of(run_dir: Path, store: Path, *changes: str) -> Case:
+def case_of(run_dir: Path, cache: Path, *changes: str) -> Case:
     """A case with its text and its parent in `run_dir`, and with some settings changed."""
     overrides = [
         f"run_dir='{run_dir}'",
@@ -53,14 +53,14 @@ def case_of(run_dir: Path, store: Path, *changes: str) -> Case:
         *stage("long", 2, length=64, batch=512),
         "objective.top_k=7",
         "objective.temperature=1.5",
-        f"objective.store='{store}'",
-        "teach.shard_sequences=20",
-        "teach.batch_tokens=192",
-        "teach.log_probs=float32",
+        f"objective.teacher_cache='{cache}'",
+        "cache.shard_sequences=20",
+        "cache.batch_tokens=192",
+        "cache.log_probs=float32",
         *changes,
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = parse(compose("teach", overrides), TeachConfig)
+        config = parse(compose("cache_teacher", overrides), CacheTeacherConfig)
     data = prepare_data(config.data, run_dir / "data", None)
     data.save(run_dir / "data")
     parent = run_dir / "parent"

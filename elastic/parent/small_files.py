@@ -1,4 +1,4 @@
-"""The small files that belong to a checkpoint beside its weights, and whose licence it has."""
+"""Tokenizer and config files that belong to a checkpoint beside its weights, and its licence."""
 
 import json
 import shutil
@@ -22,20 +22,20 @@ OTHERS = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")
 """What else goes along."""
 
 LEFT = (".safetensors", ".py", ".pyc", ".bin", ".pt", ".pth", ".pkl")
-"""Endings of weights, code, and what runs code when it is loaded: no companions, whatever their
-name."""
+"""Endings of weights, code, and what runs code when it is loaded: never copied, whatever
+their name."""
 
 
-def companions(directory: Path, tokenizer: bool = True) -> list[Path]:
-    """The small files of a checkpoint; `tokenizer=False` leaves the tokenizer's out."""
+def small_files(directory: Path, tokenizer: bool = True) -> list[Path]:
+    """Tokenizer and config files of a checkpoint; `tokenizer=False` leaves the tokenizer's out."""
     patterns = (*TOKENIZER, *OTHERS) if tokenizer else OTHERS
     found = {path for pattern in patterns for path in directory.glob(pattern)}
     return sorted(path for path in found if path.is_file() and path.suffix not in LEFT)
 
 
-def copy_companions(source: Path, target: Path, tokenizer: bool = True) -> None:
+def copy_small_files(source: Path, target: Path, tokenizer: bool = True) -> None:
     """Copy what is there and what `target` has not."""
-    for path in companions(source, tokenizer):
+    for path in small_files(source, tokenizer):
         if not (target / path.name).exists():
             _copy(path, target / path.name)
 
