@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/installed
 KERNELS := $(VENV)/mamba/installed
+SITE := $(VENV)/docs-installed
 DEMO := runs/tiny
 
 help:  ## show this help
@@ -26,6 +27,10 @@ $(KERNELS): $(STAMP) Makefile
 		--no-build-isolation --target $(@D) mamba-ssm==2.3.2.post1
 	touch $@
 
+$(SITE): $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
 install: $(STAMP)  ## make .venv with everything that the other targets need
 
 demo: $(STAMP)  ## train the tiny family, cut its members out, and show what they can do
@@ -42,6 +47,9 @@ test-slurm: $(STAMP)  ## slurm/ and hydra/launcher=slurm on a real Slurm of one 
 	tests/slurm/install
 	$(BIN)/python -m pytest tests/slurm/real.py -v -s
 
+docs: $(SITE)  ## build the guides in docs/ as a site, into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q -d build/doctrees docs build/docs
+
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +64,4 @@ format: $(STAMP)  ## mend style
 clean:  ## remove what the targets above have made, .venv and runs included
 	rm -rf $(VENV) runs out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-slurm lint types format clean
+.PHONY: help install demo test test-slurm docs lint types format clean

@@ -218,7 +218,7 @@ def test_workers_find_their_number_themselves(
         ("cache.worker=2", "cache.worker=2: must be at least 0 and below cache.workers=1"),
         ("cache.shard_sequences=0", "cache.shard_sequences=0: must be positive"),
         ("cache.log_probs=bfloat16", "cache.log_probs=bfloat16: must be one of float16, float32"),
-        ("objective.teacher=replicated", "objective.teacher=replicated: must be stored"),
+        ("objective.teacher=replicated", "objective.teacher=replicated: must be offline"),
         ("objective.top_k=null", "objective.top_k=None"),
         ("objective.teacher_cache=null", "objective.teacher_cache=None"),
     ],
