@@ -3,6 +3,7 @@ line."""
 
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
         if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in raw:
             OmegaConf.update(raw, "run_dir", hydra_config.runtime.output_dir)
         # One line here too: past this point Hydra would print one of its own.
-        with reported(), one_line():
+        with reported(), quiet_pipe(), one_line():
             run(parse(raw, schema))
 
     @contextmanager
@@ -63,7 +64,7 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
             print(f"error: {_explained(error, sys.argv[1:], schema)}", file=sys.stderr)
             sys.exit(2)
         except (OSError, FloatingPointError) as error:  # a full disk; training that diverged
-            if show_traceback or isinstance(error, BrokenPipeError):
+            if show_traceback or _reader_left():
                 raise
             print(f"error: {explain(error)}", file=sys.stderr)
             sys.exit(1)
@@ -107,9 +108,21 @@ def quiet_pipe() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
+        if not _reader_left():
+            raise  # another pipe: that is an error
         # What is still in the buffer must not fail again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file at all
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 @contextmanager
