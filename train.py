@@ -1,17 +1,9 @@
-"""Train a nested family: python train.py [experiment=NAME] [key=value ...]."""
+"""Train a family of model sizes: python train.py [experiment=NAME] [key=value ...].
 
-from elastic.cli.command import command
-from elastic.config import RunConfig
+The command `elastic train`.
+"""
 
-
-def main(config: RunConfig) -> None:
-    """Train as configured."""
-    from elastic.training.launch import (
-        launch,  # imports torch: only once the settings are known to be good
-    )
-
-    launch(config)
-
+from elastic.cli.main import run
 
 if __name__ == "__main__":
-    command("train", RunConfig, main)
+    run("train")

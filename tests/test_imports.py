@@ -30,7 +30,8 @@ LIGHT = (
     "storage.files",
     "storage.manifest",
     "cluster.requeue",
-    "cli.command",
+    "cli.main",
+    "cli.help",
 )
 """Modules that start in a moment: no torch."""
 

@@ -1,15 +1,6 @@
-"""python -m elastic.evaluate run_dir=runs/tiny [members.small=DIR ...]."""
+"""python -m elastic.evaluate: the command `elastic evaluate`."""
 
-from elastic.cli.command import command
-from elastic.config import EvaluateConfig
-
-
-def main(config: EvaluateConfig) -> None:
-    """Measure every member of a run."""
-    from elastic.evaluate.family import evaluate
-
-    evaluate(config)
-
+from elastic.cli.main import run
 
 if __name__ == "__main__":
-    command("evaluate", EvaluateConfig, main)
+    run("evaluate")

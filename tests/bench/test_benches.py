@@ -217,8 +217,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 def test_bad_settings_stop_before_torch_is_imported() -> None:
     code = (
         "import sys; sys.argv = ['bench', 'scan', 'dtype=int8']\n"
-        "from elastic.bench.__main__ import main\n"
-        "try:\n    main()\n"
+        "from elastic.cli.main import run\n"
+        "try:\n    run('bench')\n"
         "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

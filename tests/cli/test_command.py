@@ -12,8 +12,6 @@ from helpers.paths import ROOT
 from helpers.waits import LONG
 from safetensors.torch import load_file
 
-from elastic.cli.command import addressable
-
 
 def train(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run train.py as a user would."""
@@ -71,24 +69,6 @@ def test_budgets_named_by_a_number_can_be_set_on_the_command_line() -> None:
     }
     wrong = train("experiment=nano_v2_12b", "budgets.7b.params=7e9")
     assert wrong.returncode == 2 and "budgets" in wrong.stderr
-
-
-@pytest.mark.parametrize(
-    ("argument", "read"),
-    [
-        ("budgets.6b.params=6e9", "budgets={6b:{params:6e9}}"),
-        ("+budgets.4b.params=0.4", "+budgets={4b:{params:0.4}}"),
-        (
-            "curriculum.stages.long.budget_probabilities.12b=0.6",
-            "curriculum.stages.long.budget_probabilities={12b:0.6}",
-        ),
-        ("budget=6b", "budget=6b"),
-        ("data.path='a.6b=c'", "data.path='a.6b=c'"),
-        ("trainer.devices=8", "trainer.devices=8"),
-    ],
-)
-def test_keys_that_begin_with_a_digit_become_mappings(argument: str, read: str) -> None:
-    assert addressable(argument) == read
 
 
 def test_the_whole_configuration_can_be_printed() -> None:
