@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
-from helpers.waits import LONG
 from hydra import compose, initialize_config_dir
 
 from elastic.cli.command import CONF
@@ -166,7 +165,7 @@ def sweep(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=LONG,
+        timeout=120,
         check=False,
     )
 

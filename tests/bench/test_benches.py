@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import CONF
-from helpers.waits import LONG
 from hydra import compose, initialize_config_dir
 
 from elastic.bench import cutting, extract, scan, step
@@ -173,7 +172,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "elastic.bench", *arguments],
         capture_output=True,
         text=True,
-        timeout=LONG,
+        timeout=300,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

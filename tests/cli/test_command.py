@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.paths import ROOT
-from helpers.waits import LONG
 from safetensors.torch import load_file
 
 
@@ -19,7 +18,7 @@ def train(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
         [sys.executable, str(ROOT / "train.py"), *overrides],
         capture_output=True,
         text=True,
-        timeout=LONG,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,
     )

@@ -12,7 +12,6 @@ import lightning as L
 import pytest
 import torch
 from helpers.cluster_processes import processes
-from helpers.waits import FOREVER
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from elastic.cluster.place import Given, Place, wait_for_all
@@ -20,7 +19,7 @@ from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals, agree, exit_code
 
 CPU = torch.device("cpu")
-CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
+CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}
 
 Tell = Callable[[str], None]
 
@@ -52,7 +51,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     how:
       forever  3,000 steps
-      slow     and saving takes a while; never: for ever
+      slow     and saving takes a while
       before   waits before the fit
       odd      rank 1 receives SIGUSR1 in the first pass of a step, its 21st
       last     three steps, and rank 0 receives SIGUSR1 when they are done
@@ -61,7 +60,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     def save(trainer: L.Trainer, module: Tiny) -> None:
         tell(f"saving {module.passes}")
-        time.sleep({"slow": 2.0, "never": FOREVER}.get(how, 0.0))
+        time.sleep(2 if how == "slow" else 0)
         wait_for_all()
         tell("saved")
 
@@ -75,7 +74,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
     with StopSignals() as signals, joined(place, CPU, "test"):
         if how == "before":
             tell("before")
-            time.sleep(FOREVER)
+            time.sleep(30)
         strategy: Any = SingleDeviceStrategy(CPU)
         if count > 1:
             strategy = DDPStrategy(cluster_environment=Given(place))
@@ -127,22 +126,15 @@ def test_the_step_that_has_begun_is_finished_first(tmp_path: Path) -> None:
             assert run.told(rank) == ["training", "saving 22", "saved", "AgreedExit 75"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_request_does_not_wait_for_the_checkpoint(
-    number: signal.Signals, tmp_path: Path
-) -> None:
-    with processes(tmp_path, fit, 1, "never") as run:
+def test_a_second_sigterm_does_not_wait_for_the_checkpoint(tmp_path: Path) -> None:
+    with processes(tmp_path, fit, 1, "slow") as run:
         run.wait_until("training")
-        run.signal(0, number)
+        run.signal(0, signal.SIGTERM)
         while not any(line.startswith("saving") for line in run.told(0)):
             time.sleep(0.01)
-        run.signal(0, number)
-        assert run.codes() == [CODES[number]]
-        assert run.told(0)[-1] == f"SystemExit {CODES[number]}" and "saved" not in run.told(0)
-        if number == signal.SIGINT:
-            first, second = "a checkpoint follows the step at hand; again: leave at once", "leaving"
-            told = run.errors(0)
-            assert told.index(f"Ctrl-C: {first}.") < told.index(f"Ctrl-C: {second}.")
+        run.signal(0, signal.SIGTERM)
+        assert run.codes(within=1.5) == [143]
+        assert run.told(0)[-1] == "SystemExit 143" and "saved" not in run.told(0)
 
 
 def test_sigterm_lets_a_checkpoint_that_sigusr1_asked_for_be_finished(tmp_path: Path) -> None:
@@ -162,7 +154,7 @@ def test_outside_a_fit_a_run_leaves_at_once(number: signal.Signals, tmp_path: Pa
     with processes(tmp_path, fit, 1, "before") as run:
         run.wait_until("before")
         run.signal(0, number)
-        assert run.codes() == [CODES[number]]
+        assert run.codes(within=5) == [CODES[number]]
         assert run.told(0) == ["before"]
 
 

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from helpers.waits import LONG
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["elastic.cluster.signals", "elastic.cluster.watchdog", "pytest"])
 
@@ -46,7 +44,7 @@ class Processes:
 
     def wait_until(self, line: str, *ranks: int) -> None:
         """Return once these processes, else all, have told a line."""
-        deadline = time.monotonic() + LONG
+        deadline = time.monotonic() + 60
         while not all(line in self.told(rank) for rank in ranks or range(len(self.all))):
             assert time.monotonic() < deadline, [self.told(rank) for rank in range(len(self.all))]
             time.sleep(0.01)
@@ -56,7 +54,7 @@ class Processes:
         assert pid is not None
         os.kill(pid, number)
 
-    def codes(self, *ranks: int, within: float = LONG) -> list[int | None]:
+    def codes(self, *ranks: int, within: float = 60) -> list[int | None]:
         """Exit codes of these processes, else of all, once they have left."""
         deadline = time.monotonic() + within
         for rank in ranks or range(len(self.all)):

@@ -15,7 +15,6 @@ import torch
 from helpers.paths import ROOT
 from helpers.rank import spoiled
 from helpers.runs import small_settings
-from helpers.waits import LONG
 from safetensors.torch import load_file
 
 from elastic.config import RunConfig
@@ -107,7 +106,7 @@ def two_processes(config: RunConfig, draws: Path) -> None:
         process.stdin = None
         processes.append(process)
     try:
-        output = [process.communicate(timeout=LONG)[0] for process in processes]
+        output = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
