@@ -19,7 +19,7 @@ from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals, agree, exit_code
 
 CPU = torch.device("cpu")
-CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 143}
+CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
 
 Tell = Callable[[str], None]
 
