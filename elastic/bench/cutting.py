@@ -1,4 +1,4 @@
-"""One cut in a process of its own, and what that process says of itself.
+"""One cut in a process of its own, and that process' own counters.
 
 It imports no more than an extraction does, since what is imported counts as its memory.
 """

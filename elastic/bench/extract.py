@@ -1,6 +1,6 @@
 """bench extract: members cut out of a checkpoint of any size, beside copying as many bytes.
 
-Each cut runs in a fresh process, whose own counters say what it held and read (`cutting`). Before
+Each cut runs in a fresh process, whose own counters give memory and bytes read (`cutting`). Before
 every copy and every cut the checkpoint is dropped from the page cache, and both end when their
 files are on disk.
 """
@@ -61,7 +61,7 @@ def measure(config: ExtractBenchConfig, device: torch.device) -> Result:
         start = time.perf_counter()
         total = write_checkpoint(checkpoint, shape, space, choices, config.shard_bytes, config.seed)
         spent = time.perf_counter() - start
-        say(f"the checkpoint: {total / 1e9:.3g} GB in {spent:.0f} s")
+        show(f"the checkpoint: {total / 1e9:.3g} GB in {spent:.0f} s")
         figures: Figures = {"checkpoint_gb": total / 1e9}
         if config.sort:
             figures["sort"] = _measure_sort(config, checkpoint, total)
@@ -91,7 +91,7 @@ def _measure_member(config: ExtractBenchConfig, checkpoint: Path, name: str) -> 
             checkpoint=str(checkpoint), budget=name, output=str(output), verify=False
         )
         cuts.append(in_child(settings, config.verify and number == rounds))
-        say(
+        show(
             f"{name}: round {number} of {rounds}, copied in {copies[-1]:.1f} s, "
             f"cut in {cuts[-1].seconds:.1f} s"
         )
@@ -129,7 +129,7 @@ def _measure_sort(config: ExtractBenchConfig, checkpoint: Path, size: int) -> Fi
     drop_cache(checkpoint)
     seconds, peak = in_process(sort, checkpoint, output, config.seed)
     shutil.rmtree(output)
-    say(f"the checkpoint: copied in {copied:.1f} s, sorted in {seconds:.1f} s")
+    show(f"the checkpoint: copied in {copied:.1f} s, sorted in {seconds:.1f} s")
     return {
         "gb": size / 1e9,
         "seconds": seconds,
@@ -207,12 +207,12 @@ def _directory(place: Path, keep: bool) -> Iterator[Path]:
         yield directory
     finally:
         if keep:
-            say(f"left in {directory}")
+            show(f"left in {directory}")
         else:
             shutil.rmtree(directory)
 
 
-def say(line: str) -> None:
+def show(line: str) -> None:
     """Progress, beside the table on stdout."""
     print(line, file=sys.stderr, flush=True)
 

@@ -27,7 +27,7 @@ class Result:
 
 
 def report(name: str, config: BenchConfig, measure: Callable[[Any, torch.device], Result]) -> None:
-    """Run a bench, print its table, and write its figures where `json` says."""
+    """Run a bench, print its table, and write its figures to `json`."""
     output = None if config.json is None else Path(config.json)
     if output is not None and output.is_dir():
         raise ConfigError(f"json={output}: must be a file, and is a directory")

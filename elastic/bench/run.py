@@ -48,7 +48,7 @@ class Variant:
     passes: str
     """As `budgets_per_batch` in a stage."""
     budget: str | None = None
-    """The only budget that is drawn; None draws as the stage says."""
+    """The only budget that is drawn; None draws by the stage's probabilities."""
     teacher: str = "replicated"
 
 
@@ -146,7 +146,7 @@ class _Bench:
         self.text = text.flatten().numpy()
 
     def _family(self) -> Family:
-        """Never frozen by schedule: its router learns as long as it is not told otherwise."""
+        """Never frozen by schedule: its router learns until it is frozen by hand."""
         config = self.config
         router_config = dataclasses.replace(config.router, freeze_at=1.0, settled_steps=0)
         generator = torch.Generator().manual_seed(config.seed)
@@ -237,7 +237,7 @@ class _Bench:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning has much to say about a fit, and says it for every one."""
+    """Lightning logs much about a fit, for every one."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""One sort in a process of its own, and what that process says of itself."""
+"""One sort in a process of its own, and that process' own counters."""
 
 import time
 from pathlib import Path

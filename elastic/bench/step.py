@@ -100,7 +100,7 @@ def first_steps(
 
 
 def _smallest(config: StepBenchConfig) -> StepBenchConfig:
-    """The same on a parent of no size to speak of."""
+    """The same on a parent of negligible size."""
     shape = dataclasses.replace(
         shape_of(config.parent),
         hidden_size=8,

@@ -44,7 +44,7 @@ class RunLock:
         self._made: list[Path] = []
 
     def acquire(self) -> Self:
-        """Take the lock or say who has it; makes the directory where there is none."""
+        """Take the lock, or raise with its holder; makes the directory where there is none."""
         assert self._descriptor is None
         self._make_directory()
         deadline = time.monotonic() + self.patience
@@ -63,7 +63,7 @@ class RunLock:
         """Give the lock back, and take away the file and what directories are empty without it."""
         if self._descriptor is None:
             return
-        self.path.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        self.path.unlink(missing_ok=True)  # while locked: no other process can hold this file
         os.close(self._descriptor)
         self._descriptor = None
         for directory in self._made:
@@ -158,7 +158,7 @@ def _is_earlier_life(holder: Mapping[str, str | int], environment: Mapping[str, 
 
 
 def _refusal(run_dir: Path, holder: Mapping[str, str | int]) -> str:
-    """One line: who is in the way, and the way out."""
+    """One line: the holder, and the way out."""
     who = "another run"
     if holder:
         who = f"process {holder.get('pid')} on {holder.get('host')}"

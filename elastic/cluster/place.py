@@ -1,4 +1,4 @@
-"""Which process this is among how many, and what they tell one another."""
+"""Rank and world size of this process, and small objects exchanged between ranks."""
 
 import os
 import socket
@@ -43,7 +43,7 @@ def launched() -> bool:
 
 
 def find_place(trainer: TrainerConfig) -> Place:
-    """Read what the launcher says.
+    """Read rank and world size from the launcher's environment.
 
     Raises:
         ConfigError: it has started another number of processes than the settings ask for.

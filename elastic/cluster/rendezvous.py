@@ -1,9 +1,9 @@
-"""Where the processes of a run find one another, and nobody else.
+"""Rendezvous of the processes of one run, kept apart from other runs.
 
 A launcher computes MASTER_PORT from a job's number, so that it may be taken, even by another run:
-torch's own rendezvous then joins the processes of two runs without a word. So rank 0 has a door at
-that port or the next free one, where it tells the run's name and the port of its store; the others
-knock until they hear their own run's name.
+torch's own rendezvous then joins the processes of two runs silently. So rank 0 listens at that
+port or the next free one, and answers with the run's name and the port of its store; the others
+connect until the answer is their own run's name.
 """
 
 import json
@@ -31,7 +31,7 @@ PATIENCE = 600.0
 of them import from one file server."""
 
 ANSWER_SECONDS = 5.0
-"""How long whoever listens at a port has for saying who it is."""
+"""Seconds that a listener has to answer with its name."""
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Long, since rank 0 may write for minutes while the others wait; that a process
@@ -100,7 +100,7 @@ def meet(place: Place, run: str, patience: float = PATIENCE) -> dist.Store:
     name = "|".join([run, *(os.environ.get(key, "") for key in SLURM_LIFE)])
     if place.rank == 0:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        with _door(port, name, store.port):
+        with _listener(port, name, store.port):
             _call_the_roll(store, place.world_size, patience)
         return store
     store_port = _knock(address, port, name, time.monotonic() + patience)
@@ -111,13 +111,13 @@ def meet(place: Place, run: str, patience: float = PATIENCE) -> dist.Store:
     except RuntimeError:
         raise NobodyCame(
             f"rank {place.rank} of {place.world_size}: rank 0 on {address} has left while the "
-            "processes gathered; its own message says why"
+            "processes gathered; its own message has the reason"
         ) from None
     return store
 
 
 def _call_the_roll(store: dist.Store, world_size: int, patience: float) -> None:
-    """Wait until every process has come, and tell them."""
+    """Wait until every process has connected, and confirm."""
     keys = {rank: f"rank{rank}" for rank in range(1, world_size)}
     try:
         store.wait(list(keys.values()), timedelta(seconds=patience))
@@ -126,16 +126,16 @@ def _call_the_roll(store: dist.Store, world_size: int, patience: float) -> None:
         few = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise NobodyCame(
             f"{len(missing)} of {world_size} processes have not come within {patience:g} s "
-            f"(rank {few}); their logs may say why"
+            f"(rank {few}); see their logs"
         ) from None
     store.set("everyone", "here")
 
 
 @contextmanager
-def _door(first: int, name: str, store_port: int) -> Iterator[None]:
-    """Tell whoever knocks the run's name and where its store is, for as long as the block lasts."""
-    door = _listen(first)
-    port = door.getsockname()[1]
+def _listener(first: int, name: str, store_port: int) -> Iterator[None]:
+    """Answer connections with the run's name and its store's port, while the block lasts."""
+    listener = _listen(first)
+    port = listener.getsockname()[1]
     if port != first:
         log.warning("port %d is taken; the processes of this run meet at port %d", first, port)
     message = json.dumps([name, store_port]).encode() + b"\n"
@@ -143,22 +143,22 @@ def _door(first: int, name: str, store_port: int) -> Iterator[None]:
     def answer() -> None:
         while True:
             try:
-                visitor, _ = door.accept()
+                client, _ = listener.accept()
             except OSError:  # closed
                 return
-            with visitor:
+            with client:
                 try:
-                    visitor.sendall(message)
+                    client.sendall(message)
                 except OSError:  # gone already
                     pass
 
-    thread = threading.Thread(target=answer, daemon=True, name="door")
+    thread = threading.Thread(target=answer, daemon=True, name="listener")
     thread.start()
     try:
         yield
     finally:
-        door.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        door.close()
+        listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        listener.close()
         thread.join()
 
 
@@ -181,17 +181,17 @@ def _knock(address: str, first: int, name: str, end: float) -> int:
         for port in range(first, first + PORTS):
             try:
                 with (
-                    socket.create_connection((address, port), ANSWER_SECONDS) as door,
-                    door.makefile() as said,
+                    socket.create_connection((address, port), ANSWER_SECONDS) as connection,
+                    connection.makefile() as answer,
                 ):
-                    door.settimeout(ANSWER_SECONDS)
-                    told, store_port = json.loads(said.readline(65536))
-            except (OSError, TypeError, ValueError):  # nobody, or a stranger
+                    connection.settimeout(ANSWER_SECONDS)
+                    found, store_port = json.loads(answer.readline(65536))
+            except (OSError, TypeError, ValueError):  # no listener, or another program
                 continue
-            if told == name:
+            if found == name:
                 return int(store_port)
         time.sleep(0.2)
     raise NobodyCame(
-        f"rank 0 has not come within the time: nobody at {address}, ports {first} to "
-        f"{first + PORTS - 1}, belongs to this run; its log may say why"
+        f"rank 0 was not found within the time: no listener at {address}, ports {first} to "
+        f"{first + PORTS - 1}, belongs to this run; see its log"
     )

@@ -18,18 +18,18 @@ def requeue() -> None:
     """Let this job start again. Slurm ends its processes then.
 
     Raises:
-        OSError: Slurm does not want to; says why.
+        OSError: Slurm refuses, with its reason.
     """
     environment = os.environ
     job = environment["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60
         )
-        said = " ".join((asked.stderr or asked.stdout).split())
+        answer = " ".join((done.stderr or done.stdout).split())
     except subprocess.TimeoutExpired:
-        asked, said = None, "no answer within 60 s"
-    if asked is None or asked.returncode != 0:
-        raise OSError(f"job {job} cannot be requeued ({said}); start the same command again")
+        done, answer = None, "no answer within 60 s"
+    if done is None or done.returncode != 0:
+        raise OSError(f"job {job} cannot be requeued ({answer}); start the same command again")

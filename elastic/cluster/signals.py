@@ -81,7 +81,7 @@ class StopSignals(Callback):
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            # After an agreement the code stands: srun ends those who are still leaving by SIGTERM.
+            # After an agreement the exit code is fixed: srun sends SIGTERM to those still leaving.
             signal.signal(number, signal.SIG_IGN if self.ended else handler)
 
     @contextmanager
@@ -116,7 +116,7 @@ class StopSignals(Callback):
 
 
 def _acknowledge(waits: bool) -> None:
-    """Tell whoever pressed Ctrl-C what comes of it; once, though all processes of a terminal get
+    """Acknowledge Ctrl-C on the terminal; once, though all processes of a terminal get
     the signal.
 
     Written straight to the descriptor: the handler may have interrupted a print.

@@ -25,7 +25,7 @@ def check_zero(trainer: TrainerConfig, device: torch.device) -> None:
     """Stop what DeepSpeed cannot do.
 
     Raises:
-        ConfigError: it is not installed, or there is no GPU and nobody said that CPUs shall do.
+        ConfigError: it is not installed, or there is no GPU and CPUs were not asked for.
     """
     if not trainer.zero_stage:
         return

@@ -104,7 +104,7 @@ class ParentConfig:
             )
 
     def check_shape(self, found: ParentShape) -> None:
-        """Raise `ConfigError` unless the checkpoint has the sizes that were announced."""
+        """Raise `ConfigError` unless the checkpoint has the sizes of parent.shape."""
         for name, value in vars(self.shape).items() if self.shape else ():
             actual = getattr(found, name)
             require(

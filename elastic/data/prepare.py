@@ -89,7 +89,7 @@ def prepare_data(config: DataConfig, cache_dir: Path, parent_path: str | None) -
 
 
 def _tokenizer_source(config: DataConfig, parent_path: str | None) -> tuple[str, str] | None:
-    """Where the tokenizer is, and the setting that says so; None when it is trained here."""
+    """Where the tokenizer is, and the setting that gives it; None when it is trained here."""
     if config.tokenizer == "train":
         return None
     if config.tokenizer != "parent":
@@ -123,7 +123,7 @@ def _fingerprint(config: DataConfig, source: tuple[str, str] | None) -> str:
 
 
 def _saved_fingerprint(cache_dir: Path) -> str | None:
-    """What `data.json` says; None when there is none that can be read."""
+    """Contents of `data.json`; None when there is none that can be read."""
     try:
         return json.loads((cache_dir / "data.json").read_bytes())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):

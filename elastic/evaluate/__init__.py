@@ -1,1 +1,1 @@
-"""Evaluate: what the members of a family say."""
+"""Evaluate the members of a family: size, loss, samples."""

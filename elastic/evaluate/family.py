@@ -1,4 +1,4 @@
-"""What every member of a family says: size, validation loss, and a few generated lines."""
+"""Every member of a family: size, validation loss, and a few generated lines."""
 
 import logging
 import math

@@ -31,8 +31,8 @@ def _licence(member: OpenMember) -> tuple[dict[str, str], str]:
     links = " and ".join(f"[{name}]({name})" for name in (*licences, *notices))
     see = f" See {links}." if links else ""
     if stated:
-        said = ", ".join(f"`{key}: {value}`" for key, value in stated.items())
-        return dict(stated), f"That of the parent, whose card says {said}.{see}"
+        shown = ", ".join(f"`{key}: {value}`" for key, value in stated.items())
+        return dict(stated), f"That of the parent, whose card has {shown}.{see}"
     if licences:
         head = {"license": "other", "license_link": licences[0]}
         return head, f"That of the parent, whose card does not name it.{see}"
@@ -45,7 +45,7 @@ def _licence(member: OpenMember) -> tuple[dict[str, str], str]:
 def write_card(directory: Path, member: OpenMember, name: str, verified: str | None) -> None:
     """Write README.md of an export that will be called `name`.
 
-    `verified` says what was compared with the masked parent; None if nothing was.
+    `verified` is what was compared with the masked parent; None if nothing was.
     """
     licence, about_licence = _licence(member)
     provenance = member.manifest.provenance
@@ -167,10 +167,10 @@ def _loading(member: OpenMember, name: str) -> str:
 
 
 def _provenance(member: OpenMember, base_model: str | None) -> str:
-    """What the elastic checkpoint says of its training."""
+    """Training, as recorded in the elastic checkpoint."""
     provenance = member.manifest.provenance
     parent = str(provenance.get("parent", "unknown"))
-    # Of a directory only the name: where it was on somebody's disk helps nobody.
+    # Of a directory only the name: the rest of the path is of another machine.
     rows = [["parent", base_model or Path(parent).name]]
     seen = provenance.get("tokens_seen")
     if isinstance(seen, dict):

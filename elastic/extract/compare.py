@@ -25,17 +25,17 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verified:
-    """A check that was passed; as text it says which."""
+    """A check that was passed, and by what margin; str() describes it."""
 
     check: str
     """`logits` of the whole model, or `blocks`."""
     share: float
     """Largest difference that was found, as a share of the largest value."""
-    said: str
+    what: str
     """What was compared."""
 
     def __str__(self) -> str:
-        return f"{self.said} within {self.share:.1e} of the largest ({TOLERANCE:.0e} allowed)"
+        return f"{self.what} within {self.share:.1e} of the largest ({TOLERANCE:.0e} allowed)"
 
 
 def difference(member: OpenMember, expected: Tensor, found: Tensor, what: str) -> float:

@@ -27,7 +27,7 @@ _UNBUILDABLE = (
     TypeError,
     ValueError,
 )
-"""What transformers raises over a config.json that says nonsense."""
+"""What transformers raises over a config.json with impossible values."""
 
 
 def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -119,8 +119,8 @@ def _stored(name: str) -> str:
 def _filled(
     model: NemotronHForCausalLM, tensors: Iterable[Pending], path: Path, device: torch.device
 ) -> NemotronHForCausalLM:
-    """The model with its weights on a device, where each goes in blocks: host memory never holds
-    more of a model that lives elsewhere than one of those."""
+    """The model with its weights on a device, where each goes in blocks: host memory holds no
+    more than a block of a model that goes to another device."""
     values = {tensor.name: tensor.read(device) for tensor in tensors}
     weights = {name: values.pop(_stored(name)) for name in model.state_dict()}
     assert not values, f"no place in the model for {sorted(values)}"

@@ -55,7 +55,7 @@ def padded(
 
 
 class _Rows:
-    """A stream of row blocks that hands out as many rows as asked."""
+    """A stream of row blocks that is read in any number of rows."""
 
     def __init__(self, blocks: Iterable[Tensor]) -> None:
         self._blocks = iter(blocks)
@@ -85,7 +85,7 @@ def _widened(block: Tensor, columns: Ranges | None, sizes: tuple[int, ...]) -> T
 
 
 def stored_shape(shape: ParentShape, architecture: Architecture) -> ParentShape:
-    """Sizes that a configuration says once for a member: the widest kept layer of each kind.
+    """Sizes that a configuration holds once for a member: the widest kept layer of each kind.
 
     A kind without a kept layer keeps the parent's sizes, which are legal and weigh nothing. The
     embedding and the head are always stored apart, so nothing is tied.
@@ -109,7 +109,7 @@ def resolve_export(export: str, shape: ParentShape, architecture: Architecture) 
     """The form in which a member is stored: `export`, or native where that is the same.
 
     Raises:
-        ValueError: that form cannot hold the member; says which can, and what each costs.
+        ValueError: that form cannot hold the member; names those that can, with their cost.
     """
     kinds = {kind: sizes_of(architecture, kind) for kind in ("mlp", "attention", "mamba")}
     several = {kind: sizes for kind, sizes in kinds.items() if len(sizes) > 1}
@@ -164,7 +164,7 @@ class OpenMember:
     parent: ParentShape
     """Sizes of the sorted parent that the checkpoint holds."""
     shape: ParentShape
-    """Sizes that config.json says once: of every layer, or per_layer of the widest ones."""
+    """Sizes that config.json holds once: of every layer, or per_layer of the widest ones."""
     config: dict[str, Any]
     """Its config.json."""
     store: TensorStore

@@ -100,13 +100,13 @@ def check_logits(directory: Path, member: OpenMember) -> float:
 
 
 def check_config(directory: Path, member: OpenMember) -> None:
-    """config.json must say what the member's configuration says, and nothing else."""
+    """config.json must be the member's configuration, field by field."""
     found: dict[str, Any] = json.loads((directory / "config.json").read_text())
     wanted: dict[str, Any] = json.loads(json.dumps(member.config))
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise VerificationError(
-                f"{member.budget}: config.json says {key}={found.get(key)} instead of "
+                f"{member.budget}: config.json has {key}={found.get(key)} instead of "
                 f"{wanted.get(key)}; nothing was written"
             )
 

@@ -1,7 +1,7 @@
 """Permute the parent's weights once, so that members are prefixes; the function stays the same.
 
-One table says which tensor is permuted how; it is applied to a model in memory, and to a checkpoint
-on disk row block by row block.
+One table holds the permutation of every tensor; it is applied to a model in memory, and to a
+checkpoint on disk row block by row block.
 """
 
 import json

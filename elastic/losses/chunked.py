@@ -272,7 +272,7 @@ class _Walk:
         return log_q
 
     def _from_kept(self, logits: Tensor, kept: TopK, targets: Tensor, rows: slice) -> Tensor:
-        """`_from_all` where the teacher tells only k tokens from the rest.
+        """`_from_all` where the teacher is cut to k tokens and a remainder.
 
         The rest is one event with one logit, the logsumexp of its tokens: the divergence is over
         k + 1 logits, and its gradient by the last one falls to the rest in proportion to the

@@ -35,7 +35,7 @@ class TopK:
         """Log-probabilities of the named tokens and of the remainder, (tokens, k + 1).
 
         With the whole vocabulary named there is no remainder: (tokens, k). What is left for the
-        ghost token is known to the rounding of the named tokens' sum, so that it never counts as
+        remainder is known to the rounding of the named tokens' sum, so that it never counts as
         less than that; and stored values are rounded, so that the sum is put right.
         """
         log_p = self.log_probs.to(dtype)
@@ -50,7 +50,7 @@ class TopK:
 
 
 def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p || q): the student covers whatever the teacher may say."""
+    """KL(p || q): mean-seeking: the student covers all that the teacher finds probable."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -80,7 +80,7 @@ def distillation_dense(
 
 
 def remainder_dense(student: Tensor, teacher: TopK, divergence: str, temperature: float) -> Tensor:
-    """`distillation_dense` of the k + 1 events that a cut teacher tells apart."""
+    """`distillation_dense` over k + 1 events: the k tokens and the remainder."""
     log_q = torch.log_softmax(_wide(student) / temperature, dim=-1)
     events = log_q.gather(-1, teacher.indices)
     if events.shape != log_q.shape:

@@ -1,4 +1,4 @@
-"""Named terms of the objective: what the tokens say, and what the router's sizes cost."""
+"""Named terms of the objective: losses of tokens, and of the router's expected sizes."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -115,7 +115,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: weights are read, or drawn by `HybridParent.initialise`; 12 billion random
-        numbers that nobody wants take minutes."""
+        random numbers that are overwritten next take minutes."""
 
     def forward(self, x: Tensor, cut: Cut | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs), both as narrowed by `cut`."""

@@ -55,7 +55,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def licence_of(directory: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of a checkpoint's model card; empty if it says
+    """`license`, `license_name` and `license_link` of a checkpoint's model card; empty if it has
     nothing."""
     card = directory / "README.md"
     if not card.is_file():

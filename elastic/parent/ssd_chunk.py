@@ -35,7 +35,7 @@ def without_autocast(function: Pass) -> Pass:
 def scan_chunks(
     entering: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, documents: Tensor | None
 ) -> tuple[Tensor, Saved]:
-    """What the state says at every step: (b, z, h, p, l), and what `scan_chunks_backward` needs.
+    """Output of the state at every step: (b, z, h, p, l), and what `scan_chunks_backward` needs.
 
     entering (b, z, h, p, l) is dt * x, log_decay (b, z, h, l) is dt * a, b and c (b z g, l, n),
     documents (b, z * l) or None.

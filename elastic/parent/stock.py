@@ -32,8 +32,8 @@ _STALE = (
     "layer_types auto_map num_nextn_predict_layers mtp_layers_block_type "
     "mtp_hybrid_override_pattern mamba_dt_max"
 ).split()
-"""What a written config.json leaves out: other spellings of what it says, remote code (never run),
-and layers for multi-token prediction, which are not written either."""
+"""What a written config.json leaves out: other spellings of the same fields, remote code (never
+run), and layers for multi-token prediction, which are not written either."""
 
 
 def read_config(directory: Path, model_types: tuple[str, ...] = ("nemotron_h",)) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _pattern(config: dict[str, Any]) -> str:
 
 
 def stock_config(shape: ParentShape, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """config.json for these sizes in both spellings, over whatever else `base` says.
+    """config.json for these sizes in both spellings, over the other fields of `base`.
 
     Stock transformers reads `layers_block_type`; other engines read `hybrid_override_pattern` and
     `num_hidden_layers`.

@@ -38,7 +38,7 @@ def open_weights(directory: Path) -> tuple[ParentShape, TensorStore]:
     only headers are read.
 
     The flag of a tied head means nothing to stock transformers, which uses the head that is stored;
-    here it says that they are equal, or that only one is stored.
+    here it means that they are equal, or that only one is stored.
 
     Raises:
         ValueError: see `read_shape` and `TensorStore`.
@@ -75,7 +75,7 @@ def save_weights(
     written: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write config.json and weights in stock Nemotron-H format into an existing directory, one
-    tensor at a time; `written` hears of every block by its number of bytes.
+    tensor at a time; `written` is called with the bytes of every block.
 
     Raises:
         OSError: not enough space; nothing is written.

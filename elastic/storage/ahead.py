@@ -8,11 +8,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEPTH = 2
-"""Items that are made before they are asked for."""
+"""Items that are made before they are taken."""
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order, made by a thread up to `DEPTH` ahead of who takes them.
+    """The same items in the same order, made by a thread up to `DEPTH` ahead of the consumer.
 
     An error is raised where its item would have come. The thread ends with this iterator, also when
     that is left half-way: at the latest after the item that it is at.
@@ -34,7 +34,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
                 put(True, item)
                 if stop.is_set():
                     return
-        except BaseException as error:  # raised again by whoever waits
+        except BaseException as error:  # raised again in the consumer
             put(False, error)
         else:
             put(False, None)

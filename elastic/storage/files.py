@@ -65,8 +65,8 @@ def recover(path: Path) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of the disk are OSErrors that say where: a write does not know, and safetensors has
-    errors of its own."""
+    """Errors of the disk as OSErrors that name the file, which those of a write and of safetensors
+    do not."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -81,7 +81,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name to write; it becomes `path` if the block ends well, else it is gone.
 
     Raises:
-        OSError: the disk is full, say; names `path`.
+        OSError: for example a full disk; names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -106,9 +106,9 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     killed ones have left of `path` is removed.
 
     Raises:
-        FileExistsError: `path` exists, or somebody is writing it, and `replace` is false; nothing
-            is written.
-        OSError: the disk is full, say; names `path`.
+        FileExistsError: `path` exists, or another process is writing it, and `replace` is false;
+            nothing is written.
+        OSError: for example a full disk; names `path`.
     """
     _refuse_existing(path, replace)
     made = next((p for p in (path.parent, *path.parent.parents) if p.exists()), path.parent)
@@ -150,11 +150,11 @@ def _refuse_existing(path: Path, replace: bool) -> None:
 
 @contextmanager
 def _only_writer(path: Path, wait: bool) -> Iterator[None]:
-    """Be the only one who writes `path`, on this machine or another of the same file system; what
-    others have left of it is removed, since by then they are dead.
+    """Lock for writing `path`, on this machine or another of the same file system; temporary
+    files of writers that were killed are removed.
 
     The lock is the kernel's (flock) on a file beside `path`, which a killed process gives up. Where
-    the file system has no locks nobody is kept out, and nothing of others is removed.
+    the file system has no locks no process is kept out, and nothing of others is removed.
     """
     lock = _temporary(path, "lock")
     while True:
@@ -178,7 +178,7 @@ def _only_writer(path: Path, wait: bool) -> Iterator[None]:
                 _remove(leftover)
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is locked: nobody else can hold this file
+        lock.unlink(missing_ok=True)  # while locked: no other process can hold this file
         os.close(descriptor)
 
 

@@ -11,7 +11,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Hears of bytes written; says how many, how fast, and how long the rest may take."""
+    """Progress in bytes: how many are written, how fast, and how long the rest may take."""
 
     def __init__(self, total: int, what: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = total

@@ -115,11 +115,11 @@ class StoredTensor:
             yield values.reshape(count, kept, *rest[1:]) if rest else values.reshape(count)
 
     def prefetch(self) -> None:
-        """For who reads rows in any order."""
+        """For readers of rows in any order."""
         self.file.prefetch(self.offset, math.prod(self.shape) * self.dtype.itemsize)
 
     def forget(self) -> None:
-        """For who has read all of it, and will not again."""
+        """After all of it has been read once."""
         self.file.forget(self.offset, math.prod(self.shape) * self.dtype.itemsize)
 
     def read(self, cut: Cut | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -211,7 +211,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     Raises:
         ValueError: a shard is missing, damaged or disagrees with the index, or a tensor is absent,
-            unknown, of another shape than config.json says or of a type that cannot be read.
+            unknown, of another shape than by config.json or of a type that cannot be read.
     """
 
     def __init__(self, directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
@@ -241,7 +241,7 @@ class TensorStore(Mapping[str, StoredTensor]):
                 raise ValueError(f"{directory}: tensor {name} is missing from the shards")
             if tensor.shape != shape:
                 raise ValueError(
-                    f"{directory}: tensor {name} has shape {tensor.shape}, config.json asks for "
+                    f"{directory}: tensor {name} has shape {tensor.shape}, config.json gives "
                     f"{shape}"
                 )
         unknown = sorted(set(self._tensors) - set(expected))
@@ -259,7 +259,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
-    """Tensor -> file as the index says; None where there is no index."""
+    """Tensor -> file by the index; None where there is no index."""
     index = directory / INDEX
     if not index.is_file():
         return None
@@ -316,7 +316,7 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Raise `ValueError` unless the index and the shards say the same."""
+    """Raise `ValueError` unless index and shards agree."""
     weight_map = _weight_map(directory)
     if weight_map is None:
         return

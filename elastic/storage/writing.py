@@ -61,8 +61,8 @@ def write_shards(
 ) -> None:
     """Write tensors as `model.safetensors`, or as several shards with an index.
 
-    A shard has at most `max_shard_bytes` of data, or one tensor. `written` hears of every block by
-    its number of bytes.
+    A shard has at most `max_shard_bytes` of data, or one tensor. `written` is called for every
+    block with its number of bytes.
     """
     shards: list[list[Pending]] = [[]]
     size = 0
@@ -139,6 +139,6 @@ class _Stream:
                 self._flushed += BEHIND_BYTES
 
     def _forget(self, start: int) -> None:
-        """Linux begins to write what it is told to forget, and forgets what is written."""
+        """The kernel starts writing what is to leave the cache, and drops what is written."""
         if start >= 0 and hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self._descriptor, start, BEHIND_BYTES, os.POSIX_FADV_DONTNEED)

@@ -139,5 +139,5 @@ class CachedTeacher(Teacher):
 
 
 def text_digest(window: Tensor) -> bytes:
-    """What tells a window (t + 1,) from others, in 8 bytes."""
+    """Digest of a window (t + 1,), 8 bytes."""
     return hashlib.sha256(window_bytes(window)).digest()[:8]

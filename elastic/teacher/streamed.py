@@ -30,7 +30,7 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class WeightStore(Protocol):
-    """Where the bytes of one unit are while nobody reads them."""
+    """Where the bytes of one unit are while they are not in use."""
 
     size: int
     """Bytes that a place for them must have."""
@@ -104,7 +104,7 @@ class Unit:
             weight.data = view
 
     def leave(self) -> None:
-        """Parameters are empty: whoever reads one now fails."""
+        """Empty the parameters, so that reading one fails."""
         for weight, (dtype, _, _) in zip(self.weights, self.kinds, strict=True):
             weight.data = torch.empty(0, dtype=dtype)
 
@@ -150,7 +150,7 @@ class Stream:
         return self.places + sum(unit.store.held for unit in units)
 
     def _fetch(self, unit: Unit) -> None:
-        """Begin to bring a unit, once all that was asked of the device so far is done with its
+        """Begin to bring a unit, once all that was queued on the device so far is done with its
         place."""
         if self.copies is None:
             unit.work = unit.store.fetch(unit.place)

@@ -57,7 +57,7 @@ def check(config: RunConfig, place: Place) -> Setup:
 
 
 def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any] | None) -> dict:
-    """What config.json says beside the sizes: the parent's own words, or the tokenizer's ids."""
+    """Fields of config.json beside the sizes: the parent's fields, or the tokenizer's ids."""
     if parent_config is not None:
         return parent_config
     ids = {

@@ -36,8 +36,8 @@ def launch(config: RunConfig) -> Path:
         return _run(config)
     if trainer.num_nodes > 1:
         raise ConfigError(
-            f"trainer.num_nodes={trainer.num_nodes}: nobody has started processes on the other "
-            "nodes; use sbatch slurm/train.sbatch or torchrun, or set trainer.num_nodes=1"
+            f"trainer.num_nodes={trainer.num_nodes}: no launcher has started processes on the "
+            "other nodes; use sbatch slurm/train.sbatch or torchrun, or set trainer.num_nodes=1"
         )
     with _others(config):
         return _run(config)
@@ -46,7 +46,7 @@ def launch(config: RunConfig) -> Path:
 def _run(config: RunConfig) -> Path:
     """This process' part."""
     place = find_place(config.trainer)
-    if place.rank != 0:  # they would say the same
+    if place.rank != 0:  # its lines would be the same
         logging.getLogger("elastic").setLevel(logging.WARNING)
     patience = config.trainer.patience
     with (
@@ -142,7 +142,7 @@ def main() -> None:
     try:
         _run(parse(json.load(sys.stdin), RunConfig))
     except (CheckpointFailed, TrainingDiverged):
-        sys.exit(1)  # they happen to all, and rank 0 says why
+        sys.exit(1)  # on all processes alike; rank 0 reports it
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class MetricsFile(Logger):
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of the disk say which file: a write does not know."""
+    """Errors of the disk name the file, which a failed write does not."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,8 @@ def _named(path: Path) -> Iterator[None]:
 
 
 class WandbMetrics(Logger):
-    """Weights & Biases, which may fail, stall or be away: training goes on, and hears of it once.
+    """Weights & Biases, which may fail, stall or be unreachable: one warning, and training
+    goes on.
 
     Rows are handed over by a thread. W&B itself keeps what it cannot send on disk, and sends it
     when the connection is back.
@@ -214,7 +215,7 @@ def _end_service() -> None:
             continue
         if name == "wandb-core" and int(rest.split()[1]) == os.getpid():
             os.kill(int(stat.parent.name), signal.SIGKILL)
-    with suppress(Exception):  # it cannot say goodbye
+    with suppress(Exception):  # it is gone already
         wandb.teardown()
 
 

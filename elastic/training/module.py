@@ -40,7 +40,7 @@ class ElasticModule(L.LightningModule):
     Args:
         parent: the weights that train; sorted in an elastic stage.
         family: members and router; None in a pretrain stage.
-        teacher: what says how the frozen, unsorted parent goes on; None in a pretrain stage, and
+        teacher: predictions of the frozen, unsorted parent; None in a pretrain stage, and
             where the full budget's own pass teaches.
         router_optimizer: None in a pretrain stage.
         probabilities: how often each budget is drawn in this stage; the largest first.
@@ -137,7 +137,7 @@ class ElasticModule(L.LightningModule):
 
         The `stage.passes` passes over a micro-batch follow each other, the largest budget first.
         Each is a step of the gradient accumulation, so that one member's activations exist at a
-        time; what the teacher says is computed in the first and kept until the last.
+        time; the teacher's predictions are computed in the first and kept until the last.
         """
         step, position = divmod(self.micro_step, self.stage.accumulation)
         micro_batch, turn = divmod(position, self.stage.passes)
@@ -159,7 +159,7 @@ class ElasticModule(L.LightningModule):
         teacher = self.distributions(batch) if turn == 0 else self._kept
         token_losses = token_terms(student, teacher, batch[:, 1:].flatten(), self.objective)
         scale = 1.0
-        if teacher is None and self.family is not None:  # this pass teaches, by what the text says
+        if teacher is None and self.family is not None:  # this pass teaches, and learns by text
             assert turn == 0 and self.objective.teacher == "in_place"
             scale = self.objective.cross_entropy_weight
             teacher = student[0].detach(), student[1].detach()
@@ -194,7 +194,7 @@ class ElasticModule(L.LightningModule):
         return hidden.flatten(0, 1), self.parent.head_weight(member)
 
     def distributions(self, batch: Tensor) -> Head | TopK | None:
-        """What the teacher says about the training batch at hand; None where there is none."""
+        """The teacher's predictions for the training batch at hand; None where there is none."""
         if self.teacher is None:
             return None
         number = self.micro_step // self.stage.passes

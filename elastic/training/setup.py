@@ -28,7 +28,7 @@ class Setup:
     """Parameters that each budget asks for, largest first."""
     data: PreparedData
     base_config: dict[str, Any]
-    """What a written config.json says beside the sizes."""
+    """Fields of a written config.json beside the sizes."""
     device: torch.device
     kernels: str
     """`torch` or `mamba_ssm`."""

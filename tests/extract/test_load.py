@@ -121,7 +121,7 @@ def test_damaged_sizes_per_layer_are_one_line(checkpoint: Any, tmp_path: Path, n
     settings = {"export": "per_layer", "verify": False}
     output = extract(checkpoint.config(tmp_path / "out", "uneven", **settings))
     edit_json("config.json", lambda e: e | {"per_layer_config": BAD_LAYERS[name]})(output)
-    with pytest.raises(ValueError, match="out.*(makes no model|config.json asks for)") as caught:
+    with pytest.raises(ValueError, match="out.*(makes no model|config.json gives)") as caught:
         elastic.load(output)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -288,7 +288,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wrong shape": (
         edit_shard(lambda t: t.update({EMBEDDING: torch.ones(3, 2)})),
-        r"tensor backbone.embeddings.weight has shape \(3, 2\), config.json asks for \(40, 13\)",
+        r"tensor backbone.embeddings.weight has shape \(3, 2\), config.json gives \(40, 13\)",
     ),
     "missing tensor": (
         edit_shard(lambda t: t.pop(EMBEDDING)),

@@ -88,7 +88,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "eps": (
         lambda out: edit_config(out, layer_norm_epsilon=1e-6),
-        "config.json says layer_norm_epsilon=1e-06 instead of 1e-05",
+        "config.json has layer_norm_epsilon=1e-06 instead of 1e-05",
     ),
     "a head size": (
         lambda out: edit_config(out, mamba_head_dim=6),

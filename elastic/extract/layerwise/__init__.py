@@ -6,7 +6,7 @@ transformers for that; `config` and `model` are the two classes, `sizes` is thei
 """
 
 MODEL_TYPE = "nemotron_h_elastic"
-"""A name of its own, so that whoever does not know this model refuses it instead of building
+"""A name of its own, so that software without this model refuses it instead of building
 another one."""
 
 ARCHITECTURE = "NemotronHElasticForCausalLM"

@@ -8,7 +8,7 @@ from elastic.extract.layerwise import MODEL_TYPE
 
 
 class NemotronHElasticConfig(NemotronHConfig):
-    """Nemotron-H whose `per_layer_config` says what each layer's sizes are.
+    """Nemotron-H with each layer's sizes in `per_layer_config`.
 
     transformers keeps it: `config.per_layer_config[i]` is a configuration with the sizes of layer
     i, and reading a size that differs between layers from the whole raises. That is why the stock
@@ -19,6 +19,6 @@ class NemotronHElasticConfig(NemotronHConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        # The model registers itself with the Auto classes: not before somebody has use for it,
-        # and nobody can ask them for it without such a configuration.
+        # The model registers itself with the Auto classes: only when it is needed,
+        # and none is needed without such a configuration.
         import elastic.extract.layerwise.model  # noqa: F401

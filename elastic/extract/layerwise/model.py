@@ -30,7 +30,7 @@ class _PerLayer(NemotronHPreTrainedModel):
     config_class = NemotronHElasticConfig
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As stock does it, which asks the model's configuration for the size of a mixer."""
+        """Stock reads the size of a mixer from the model's configuration."""
         if not isinstance(module, NemotronHMamba2Mixer):
             super()._init_weights(module)
             return

@@ -16,7 +16,7 @@ from types import ModuleType
 from elastic.extract.layerwise import MODEL_TYPE
 
 AUTO = "transformers.models.auto.configuration_auto"
-"""Module of AutoConfig; transformers imports it when somebody asks for an Auto class."""
+"""Module of AutoConfig; transformers imports it when an Auto class is used."""
 
 MODELS = "transformers.models.auto.modeling_auto"
 """Module of the models' Auto classes. It imports AUTO, and configurations need it whole."""

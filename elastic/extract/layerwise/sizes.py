@@ -18,7 +18,7 @@ def layer_sizes(layer: Layer) -> dict[str, int]:
 def layerwise_config(widest: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """config.json of a member at true size, from the stock one with its widest layers' sizes.
 
-    `per_layer_config` is transformers' own field: over the sizes said once, by a layer's position.
+    `per_layer_config` is transformers' own field: over the sizes given once, by a layer's position.
     Every size is spelled out in it, also where it is the widest.
     """
     digits = len(str(len(architecture.layers) - 1))  # transformers sorts its keys like that

@@ -66,7 +66,7 @@ _WAYS = {
     "text": ("the text", "restore data.*, its files, or the versions of its libraries"),
     "seed": ("seed", "set that"),
 }
-"""Field -> what a user calls it, and what to do; in the order in which they are told."""
+"""Field -> its setting or name, and the way out; in the order in which they are checked."""
 
 
 @dataclass(frozen=True)

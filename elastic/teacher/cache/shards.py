@@ -101,7 +101,7 @@ class ShardSet:
             save_file(arrays, temporary, {"cache": self._belongs(number)})
 
     def fault(self, number: int) -> str | None:
-        """What is wrong with a file as far as its header and its size say; None if nothing is."""
+        """What is wrong with a file, by its header and its size; None if nothing is."""
         try:
             self._offsets(number)
         except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ class ShardSet:
         return f"{self.key} {self._place(number)}"
 
     def _offsets(self, number: int) -> list[int]:
-        """Where each array of `layout` begins; ValueError or OSError says what is wrong."""
+        """Where each array of `layout` begins; raises ValueError or OSError with the reason."""
         path = self.path(number)
         if not path.is_file():
             raise ValueError("is missing")

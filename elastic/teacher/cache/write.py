@@ -96,7 +96,7 @@ def teacher_directory(config: CacheTeacherConfig) -> Path:
 
 
 def index_for(directory: Path, config: CacheTeacherConfig, contents: CacheContents) -> CacheIndex:
-    """What the index of a cache must say so that it covers this run too; nothing is written.
+    """The index of a cache that covers this run too; nothing is written.
 
     Raises ConfigError when the cache is of another run, or written in another way.
     """

@@ -132,7 +132,7 @@ class Pieces:
     """The pieces in a checkpoint's files, read as they are wanted.
 
     Raises:
-        ValueError: a range that is asked for is in no file.
+        ValueError: a range is in no file.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:

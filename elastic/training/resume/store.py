@@ -221,7 +221,7 @@ def inspect(path: Path) -> str | None:
             return f"{name} is missing"
         found = (path / name).stat().st_size
         if found != size:
-            return f"{name} has {found} bytes, manifest.json says {size}"
+            return f"{name} has {found} bytes, manifest.json lists {size}"
     with ThreadPoolExecutor(min(8, len(wanted))) as pool:
         problems = pool.map(lambda name: _difference(path / name, wanted[name][1]), wanted)
         return next((problem for problem in problems if problem), None)
@@ -239,7 +239,7 @@ def _difference(path: Path, checksum: str) -> str | None:
         same = _checksum(path) == checksum
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    return None if same else f"{path.name} is not what manifest.json says"
+    return None if same else f"{path.name} does not have the checksum in manifest.json"
 
 
 def random_state() -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Flush a file and say what is in it."""
+    """Flush a file; returns its size and checksum."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
 
