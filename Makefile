@@ -7,6 +7,8 @@ STAMP := $(VENV)/installed
 KERNELS := $(VENV)/mamba/installed
 SITE := $(VENV)/docs-installed
 DEMO := runs/tiny
+# Settings that make the demo smaller, for CI: make demo DEMO=runs/ci DEMO_ARGS=debug=one_step
+DEMO_ARGS :=
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,7 +36,7 @@ $(SITE): $(STAMP)
 install: $(STAMP)  ## make .venv with everything that the other targets need
 
 demo: $(STAMP)  ## train the tiny family, cut its members out, and show what they can do
-	$(BIN)/python train.py
+	$(BIN)/python train.py run_dir=$(DEMO) $(DEMO_ARGS)
 	rm -rf $(DEMO)/members
 	$(BIN)/python extract.py checkpoint=$(DEMO)/elastic budget=medium output=$(DEMO)/members/medium
 	$(BIN)/python extract.py checkpoint=$(DEMO)/elastic budget=small output=$(DEMO)/members/small
@@ -42,6 +44,9 @@ demo: $(STAMP)  ## train the tiny family, cut its members out, and show what the
 
 test: lint types $(KERNELS)  ## lint, types and the whole suite, one worker per core
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-long: $(KERNELS)  ## what takes longer: kills, full disks, all strategies, every command
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow --durations 10
 
 test-slurm: $(STAMP)  ## slurm/ and hydra/launcher=slurm on a real Slurm of one machine
 	tests/slurm/install
@@ -64,4 +69,4 @@ format: $(STAMP)  ## mend style
 clean:  ## remove what the targets above have made, .venv and runs included
 	rm -rf $(VENV) runs out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-slurm docs lint types format clean
+.PHONY: help install demo test test-long test-slurm docs lint types format clean

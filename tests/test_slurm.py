@@ -171,7 +171,6 @@ def sweep(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_the_launcher_asks_for_what_the_trainer_uses() -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     asked = ["hydra/launcher=slurm", "trainer.devices=4", "trainer.num_nodes=3"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         launcher = compose("train", asked, return_hydra_config=True).hydra.launcher
@@ -188,7 +187,6 @@ def test_a_launcher_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_slurm_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     where = f"hydra.sweep.dir={tmp_path}/sweep"
     result = sweep("hydra/launcher=slurm", where, "seed=0,1", PATH=str(tmp_path))
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
@@ -197,7 +195,6 @@ def test_a_machine_without_slurm_is_one_line(tmp_path: Path) -> None:
 
 def test_a_setting_that_only_the_job_refuses_comes_back(tmp_path: Path) -> None:
     """Jobs are pickled, run in a process of their own, and say there what is wrong."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     where = f"hydra.sweep.dir={tmp_path}/sweep"
     result = sweep("hydra/launcher=submitit_local", where, "space.ffn=[512,600]", "seed=0,1")
     assert result.returncode == 1 and "Traceback" not in result.stderr

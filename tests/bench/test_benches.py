@@ -242,7 +242,7 @@ def test_what_only_the_machine_or_the_parent_can_refuse_stops_at_once(
     assert "\n" not in line and all(word in line for word in words)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="device=cuda"):
         device_of("cuda")

@@ -183,7 +183,7 @@ def test_provenance_says_where_every_layer_came_from(small: Path, checkpoint: An
     assert found["checkpoint"] == str(checkpoint.path) and found["elastic_version"]
 
 
-@pytest.mark.parametrize("offline", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", ["source", "float32", "bfloat16", "float16"])
 def test_dtype_converts_and_source_keeps(
     write: Callable[..., Any], checkpoint: Any, tmp_path: Path, stored: torch.dtype, dtype: str

@@ -153,7 +153,7 @@ def test_tensors_go_to_the_device_block_by_block(
     """Nothing of the model is in memory but blocks that were asked for one at a time; nothing is
     left on meta."""
     if str(device) == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a CUDA device")
     made, blocks = [], StoredTensor.blocks
 
     def small_blocks(self: StoredTensor, cut: Any, *_: Any) -> Iterator[torch.Tensor]:

@@ -114,7 +114,7 @@ def test_equal_distributions_are_at_no_distance(divergence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "offline", [[0.0], [1e-4], [-1e-9], [-0.7, -0.69]], ids=["one", "above", "almost", "two halves"]
+    "stored", [[0.0], [1e-4], [-1e-9], [-0.7, -0.69]], ids=["one", "above", "almost", "two halves"]
 )
 def test_stored_log_probabilities_need_not_add_up(stored: list[float]) -> None:
     """Rounding may leave less than nothing for the remainder: it keeps a rounding error's worth,
