@@ -6,9 +6,10 @@ from elastic.config import RunConfig
 
 def main(config: RunConfig) -> None:
     """Train as configured."""
-    from elastic.training.launch import (
-        launch,  # imports torch: only once the settings are known to be good
-    )
+    from elastic.training.opening import show
+
+    show(config)
+    from elastic.training.launch import launch  # imports torch: once there is something to read
 
     launch(config)
 
