@@ -1,5 +1,7 @@
 """Progress bars: drawn over one line of a terminal; whole lines now and then anywhere else."""
 
+import os
+import re
 import sys
 from typing import Any, TextIO
 
@@ -26,9 +28,10 @@ class Bar(tqdm):
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
-        terminal = sys.stderr.isatty()
-        if terminal:
-            defaults: dict[str, Any] = {"mininterval": 0.5, "dynamic_ncols": True}
+        self._terminal = sys.stderr.isatty()
+        if self._terminal:
+            columns, rows = _size()
+            defaults: dict[str, Any] = {"mininterval": 0.5, "ncols": columns, "nrows": rows}
         else:
             seconds = SECONDS_BETWEEN_LINES
             defaults = {
@@ -39,6 +42,29 @@ class Bar(tqdm):
             }
         super().__init__(*arguments, **defaults | settings)
 
+    @property
+    def format_dict(self) -> Any:
+        """What is drawn; asked each time, so that the bar follows the terminal's width."""
+        if self._terminal:
+            self.ncols, self.nrows = _size()
+        return super().format_dict
+
+
+def _size() -> tuple[int, int]:
+    """Columns and rows that bars may take: a full last column would wrap on some terminals.
+
+    tqdm itself draws nothing on a terminal that does not know its size, as those of some batch
+    systems and of `script`; 80 columns are assumed there.
+    """
+    try:
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        columns, rows = 0, 0
+    return max(1, (columns or 80) - 1), max(2, (rows or 24) - 1)
+
+
+_CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
 
 class _Lines:
     """A text stream that keeps what tqdm draws, as lines, and leaves out how it moves the
@@ -48,7 +74,7 @@ class _Lines:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        line = text.strip()
+        line = _CURSOR.sub("", text).strip()
         if line:
             self._stream.write(f"{line}\n")
 
