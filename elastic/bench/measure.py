@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from elastic.config import ConfigError
+from elastic.console import Bar
 
 T = TypeVar("T")
 Work = Callable[[], Any]
@@ -64,8 +64,7 @@ def rounds(variants: Mapping[str, Callable[[], T]], repeats: int, title: str) ->
 
 def progress(turns: list[str], title: str) -> Iterator[str]:
     """The turns one by one, with a bar; a line now and then without a terminal."""
-    interval = 0.5 if sys.stderr.isatty() else 15
-    with tqdm(total=len(turns), desc=title, mininterval=interval, dynamic_ncols=True) as bar:
+    with Bar(total=len(turns), desc=title, unit="turns") as bar:
         for name in turns:
             bar.set_postfix_str(name, refresh=False)
             yield name

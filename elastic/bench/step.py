@@ -17,13 +17,14 @@ from elastic.bench.subjects import (
     random_tokens,
     shape_of,
 )
-from elastic.config import StepBenchConfig
+from elastic.config import BudgetConfig, StepBenchConfig
 from elastic.extract.compare import plain_transformers
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token, parameters
+from elastic.members.search import target_params
 from elastic.parent import Member
-from elastic.routing.family import describe
 from elastic.routing.masks import hard_keep
+from elastic.routing.table import describe
 
 STOCK = "transformers"
 
@@ -88,7 +89,8 @@ def measure(config: StepBenchConfig, device: torch.device) -> Result:
         for name in works
     ]
     header = ("step", "ms", "tokens/s", "over full", "FLOPs over full", "peak MiB")
-    return Result(figures, f"{describe(choices)}\n\n{table(header, rows)}")
+    targets = {name: target_params(BudgetConfig(params=float(name)), shape) for name in choices}
+    return Result(figures, f"{describe(shape, targets, choices)}\n\n{table(header, rows)}")
 
 
 def first_steps(

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from elastic.cli.overrides import addition, several, unreadable
 from elastic.cluster.requeue import may_requeue, requeue
 from elastic.config import ConfigError, explain, parse
+from elastic.console import clear_of_bars
 
 CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()
 """The configuration files: a folder of the installed package, a link to conf/ in a checkout."""
@@ -47,6 +48,7 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def main(raw: DictConfig) -> None:
+        clear_of_bars()
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in raw:
             OmegaConf.update(raw, "run_dir", hydra_config.runtime.output_dir)

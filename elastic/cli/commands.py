@@ -46,7 +46,10 @@ class Command:
 
 
 def train(config: RunConfig) -> None:
-    from elastic.training.launch import launch
+    from elastic.training.opening import show
+
+    show(config)
+    from elastic.training.launch import launch  # torch: once there is something to read
 
     launch(config)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from elastic.config import ImportanceConfig
+from elastic.console import Bar
 from elastic.importance.score import normalised_error
 from elastic.members.architecture import Architecture, droppable_layers
 from elastic.parent import HybridParent
@@ -147,7 +147,7 @@ def rank_layers(
         if config.depth_method == "one_pass"
         else sum(len(candidates) - i for i in range(count))
     )
-    bar = tqdm(total=trials if count else 0, desc="rank depth", disable=not sys.stderr.isatty())
+    bar = Bar(total=trials if count else 0, desc="rank depth", disable=not sys.stderr.isatty())
     while len(order) < count:
         start = time.monotonic()
         errors = {}
@@ -159,11 +159,11 @@ def rank_layers(
         ranked = sorted(errors, key=lambda layer: (errors[layer], layer))
         order.extend(ranked[:count] if config.depth_method == "one_pass" else ranked[:1])
         log.info(
-            "depth ranking: %d of %d layers, next is %d (%s, error %.4f), %.1f s",
+            "depth ranking: %d of %d layers, next is %s %d (error %.4f), %.1f s",
             len(order),
             count,
-            ranked[0],
             kinds[ranked[0]],
+            ranked[0],
             errors[ranked[0]],
             time.monotonic() - start,
         )
@@ -173,4 +173,4 @@ def rank_layers(
 
 def _progress(batches: tuple[Tensor, ...], what: str) -> Iterator[Tensor]:
     """Batches under a progress bar with an ETA."""
-    yield from tqdm(batches, desc=f"rank {what}", disable=not sys.stderr.isatty())
+    yield from Bar(batches, desc=f"rank {what}", disable=not sys.stderr.isatty())

@@ -16,6 +16,7 @@ from elastic.members.search import Choice, Search, Unreachable
 from elastic.parent import Member
 from elastic.routing.masks import soft_keep
 from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
+from elastic.routing.table import describe
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Family:
         self.frozen: dict[str, Choice] | None = None
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0
+        self._printed = ""
         flat: dict[str, dict] = {name: {} for name in self.targets}
         # Unreachable targets stop here; and this family is there should the router's search fail.
         self._some_family = self.search.family(self.targets, flat, self.nested)
@@ -109,6 +111,14 @@ class Family:
             log.warning("%s; taking a family that is legal, but not the router's own", error)
             return self._some_family
 
+    def news(self, choices: Mapping[str, Choice]) -> str:
+        """The table of a family, or that it is still the one that was printed last."""
+        table = describe(self.space.shape, self.targets, choices)
+        if table == self._printed:
+            return "the family is unchanged"
+        self._printed = table
+        return f"the family is\n{table}"
+
     def freeze_if_due(self, progress: float) -> bool:
         """Fix the choices when the schedule says so, or when they have settled; True if just
         now."""
@@ -123,7 +133,7 @@ class Family:
         """Fix the choices for good; the router learns no more."""
         self.frozen = choices
         self.router.requires_grad_(False)
-        log.info("router frozen; the family is\n%s", describe(choices))
+        log.info("router frozen; %s", self.news(choices))
 
     def _has_settled(self, progress: float) -> bool:
         if self.config.settled_steps == 0:
@@ -168,39 +178,3 @@ class Family:
 
 def _detached(value: Tensor | float) -> Tensor | float:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def sizes(choice: Choice) -> dict[str, float]:
-    """Sizes of a member for logs and tables; means over the kept layers where they differ."""
-    architecture = choice.architecture
-    figures: dict[str, float] = {
-        "params": choice.params,
-        "hidden": architecture.hidden_size,
-        "depth": len(architecture.layers),
-    }
-    names = {
-        "ffn": ("mlp", "intermediate_size"),
-        "mamba_heads": ("mamba", "num_heads"),
-        "mamba_head_dim": ("mamba", "head_dim"),
-        "attention_heads": ("attention", "num_heads"),
-    }
-    for axis, (kind, field) in names.items():
-        values = [getattr(layer, field) for layer in architecture.layers if layer.kind == kind]
-        if values:
-            figures[axis] = sum(values) / len(values)
-    return figures
-
-
-def describe(choices: Mapping[str, Choice]) -> str:
-    """Table of a family, one line per budget."""
-    header = "budget     params           hidden    ffn  mamba heads x dim  attn heads  layers"
-    rows = []
-    for name, choice in choices.items():
-        figure = sizes(choice)
-        heads = f"{figure.get('mamba_heads', 0):g} x {figure.get('mamba_head_dim', 0):g}"
-        rows.append(
-            f"{name:<10} {choice.params:>14,} {figure['hidden']:>8g} {figure.get('ffn', 0):>6g} "
-            f"{heads:>18} {figure.get('attention_heads', 0):>11g} "
-            f" {choice.architecture.pattern}"
-        )
-    return "\n".join([header, *rows])

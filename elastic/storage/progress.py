@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from tqdm import tqdm
+from elastic.console import Bar
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -20,7 +20,7 @@ class Progress:
         self._clock = clock
         self._start = self._said = clock()
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = Bar(
             total=total, desc=what, unit="B", unit_scale=True, disable=not terminal, leave=False
         )
 

@@ -19,6 +19,7 @@ from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import StopSignals
 from elastic.cluster.watchdog import Watchdog
 from elastic.config import ConfigError, RunConfig, parse
+from elastic.console import clear_of_bars, say
 from elastic.training.module import TrainingDiverged
 from elastic.training.resume import CheckpointFailed
 from elastic.training.run import Run
@@ -125,11 +126,10 @@ def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
             if ended.wait(GRACE if code > 0 else 1.0):
                 return  # it was the first to leave, and we are leaving too
             how = f"exit code {code}" if code > 0 else f"signal {-code}"
-            print(
+            say(
                 f"error: process {rank} of {len(children) + 1} died ({how}); stopping the others. "
                 "The same command goes on from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
             for other in children:
                 other.kill()
@@ -139,6 +139,7 @@ def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
 def main() -> None:
     """One of the processes that `launch` starts; its settings come on standard input."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    clear_of_bars(beside=True)
     try:
         _run(parse(json.load(sys.stdin), RunConfig))
     except (CheckpointFailed, TrainingDiverged):

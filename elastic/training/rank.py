@@ -30,7 +30,10 @@ def rank_parent(setup: Setup) -> Ranking:
             setup.data.fingerprint,
             scores,
         )
-    log.info("layers by importance, least first: %s", list(ranking.drop_order))
+    if ranking.drop_order:
+        kinds = setup.shape.kinds
+        order = ", ".join(f"{kinds[layer]} {layer}" for layer in ranking.drop_order)
+        log.info("layers by importance, least first: %s", order)
     return ranking
 
 

@@ -19,7 +19,7 @@ from elastic.members.search import Choice
 from elastic.parent.small_files import copy_small_files, licence_of
 from elastic.parent.weights import open_weights, save_weights
 from elastic.routing.curriculum import Stage
-from elastic.routing.family import Family, describe
+from elastic.routing.family import Family
 from elastic.storage.files import atomic_directory, digest
 from elastic.storage.manifest import Manifest, Member
 from elastic.storage.writing import Pending
@@ -97,7 +97,7 @@ def write_elastic(
     if setup.place.rank == 0 and not _is_of(directory, seen):
         choices = family.choices(stage.progress(stage.steps))
         _write_directory(setup, directory, pieces, family, choices, ranking, seen)
-        log.info("elastic checkpoint after stage %s:\n%s", stage.name, describe(choices))
+        log.info("elastic checkpoint after stage %s; %s", stage.name, family.news(choices))
     wait_for_all()
 
 

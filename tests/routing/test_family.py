@@ -13,7 +13,7 @@ from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
 from elastic.members.search import Unreachable
 from elastic.parent import Keep
-from elastic.routing.family import Draw, Family, describe, sizes
+from elastic.routing.family import Draw, Family
 from elastic.routing.masks import hard_keep
 from elastic.routing.router import Router
 
@@ -313,28 +313,15 @@ def test_the_count_of_settled_steps_survives_a_checkpoint(interrupted: int) -> N
     assert calls_to_freeze(resumed) == 4 - interrupted
 
 
-# Tables
-
-
-def test_a_table_has_one_line_per_budget_with_its_exact_size() -> None:
-    choices = family_of().choices(0.5)
-    lines = describe(choices).splitlines()
-    assert len(lines) == 1 + len(choices)
-    for line, (name, choice) in zip(lines[1:], choices.items(), strict=True):
-        assert line.startswith(name)
-        assert f"{choice.params:,}" in line and choice.architecture.pattern in line
-
-
-def test_sizes_are_means_over_the_kept_layers() -> None:
-    family = family_of(layered=("ffn",))
-    taken = {axis: (0,) * family.space.decisions(axis) for axis in family.space.choices}
-    choice = family.choice(taken | {"ffn": (1, 4), "hidden": (2,)})
-    figures = sizes(choice)
-    assert figures["ffn"] == (28 + 16) / 2
-    assert (figures["hidden"], figures["depth"], figures["mamba_heads"]) == (14, 5, 6)
-    assert figures["params"] == parameters(SHAPE, choice.architecture)
-    dropped = family.choice(taken | {"ffn": (1, 4), "depth": (1,)})
-    assert sizes(dropped)["ffn"] == 16 and sizes(dropped)["depth"] == 4
+def test_a_family_is_printed_once_per_change() -> None:
+    family = family_of()
+    early, late = family.choices(0.0), unsettle(family, 3).choices(0.4)
+    assert early != late
+    first = family.news(early)
+    assert "budget" in first and first.count("\n") >= len(TARGETS)
+    assert family.news(early) == "the family is unchanged"
+    assert family.news(late) not in (first, "the family is unchanged")
+    assert family.news(early) == first
 
 
 def test_a_search_that_fails_half_way_falls_back_to_a_legal_family(

@@ -3,14 +3,13 @@ workers."""
 
 import logging
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from elastic.config import CacheTeacherConfig, ConfigError
+from elastic.console import Bar
 from elastic.data import PreparedData, check_vocabulary, prepare_data
 from elastic.losses import check_objective
 from elastic.parent.ssd import resolve_kernels
@@ -205,14 +204,8 @@ def _write(
     names = {task.shards.stage for task in tasks}
     texts = {name: Windows(text_of(config, stages[name], data)) for name in names}
     writer = TopKWriter(teacher, device, config.objective, config.cache.batch_tokens)
-    with tqdm(
-        desc="teacher",
-        total=sum(task.tokens for task in tasks),
-        unit="tok",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        dynamic_ncols=True,
-    ) as bar:
+    tokens = sum(task.tokens for task in tasks)
+    with Bar(desc="teacher", total=tokens, unit="tok", unit_scale=True) as bar:
         for task in tasks:
             shards, text = task.shards, texts[task.shards.stage]
             _clear(shards.path(task.number))

@@ -1,0 +1,95 @@
+"""A family as a table, and the sizes of its members as figures. No torch."""
+
+import textwrap
+from collections.abc import Mapping
+
+from elastic.config import ParentShape
+from elastic.console import short, table
+from elastic.members.architecture import Architecture
+from elastic.members.search import Choice
+
+WIDTH = 100
+"""Columns of the table."""
+
+FIELDS = {
+    "ffn": ("mlp", "intermediate_size"),
+    "mamba_heads": ("mamba", "num_heads"),
+    "mamba_head_dim": ("mamba", "head_dim"),
+    "attention_heads": ("attention", "num_heads"),
+}
+"""Kind of layer and field that hold the size on each axis set within layers."""
+
+
+def _values(architecture: Architecture, axis: str) -> list[int]:
+    """Sizes on an axis, one per kept layer of its kind."""
+    kind, field = FIELDS[axis]
+    return [getattr(layer, field) for layer in architecture.layers if layer.kind == kind]
+
+
+def sizes(choice: Choice) -> dict[str, float]:
+    """Sizes of a member for rows of metrics; means over the kept layers where they differ."""
+    architecture = choice.architecture
+    figures: dict[str, float] = {
+        "params": choice.params,
+        "hidden": architecture.hidden_size,
+        "depth": len(architecture.layers),
+    }
+    for axis in FIELDS:
+        values = _values(architecture, axis)
+        if values:
+            figures[axis] = sum(values) / len(values)
+    return figures
+
+
+def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[str, Choice]) -> str:
+    """A family, one line per budget, then the layers that each drops; `WIDTH` columns at most.
+
+    A size that differs between layers is a range; layers are named by their kind and their index in
+    the parent, from 0.
+    """
+    rows = []
+    for name, choice in choices.items():
+        kept = choice.architecture
+        channels = _range(kept, "mamba_head_dim")
+        rows.append(
+            [
+                name,
+                short(targets[name]),
+                f"{choice.params:,}",
+                f"{choice.params / targets[name] - 1:+.2%}",
+                str(kept.hidden_size),
+                _range(kept, "ffn"),
+                _range(kept, "mamba_heads") + ("" if channels == "-" else f" x {channels}"),
+                _range(kept, "attention_heads"),
+                f"{len(kept.layers)} of {len(shape.kinds)}",
+            ]
+        )
+    header = (
+        "budget", "target", "parameters", "off by", "hidden", "ffn", "mamba heads", "attention",
+        "layers",
+    )  # fmt: skip
+    return "\n".join([*table(header, rows), *_drops(shape, choices)])
+
+
+def _range(architecture: Architecture, axis: str) -> str:
+    """The size on an axis, or its smallest and largest; - where no layer of its kind is kept."""
+    values = _values(architecture, axis)
+    if not values:
+        return "-"
+    least, most = min(values), max(values)
+    return str(least) if least == most else f"{least}-{most}"
+
+
+def _drops(shape: ParentShape, choices: Mapping[str, Choice]) -> list[str]:
+    """The layers that each budget drops; budgets that drop the same ones share a line."""
+    budgets: dict[str, list[str]] = {}
+    for name, choice in choices.items():
+        kept = {layer.index for layer in choice.architecture.layers}
+        dropped = [f"{kind} {i}" for i, kind in enumerate(shape.kinds) if i not in kept]
+        if dropped:
+            budgets.setdefault(", ".join(dropped), []).append(name)
+    lines = []
+    for dropped_layers, names in budgets.items():
+        line = f"{' and '.join(names)} {'drops' if len(names) == 1 else 'drop'} {dropped_layers}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="    ")
+    return lines

@@ -1,0 +1,136 @@
+"""Validation of every budget on fixed text."""
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from elastic.config import ObjectiveConfig
+from elastic.losses import Head, TopK, token_terms
+from elastic.parent import Member
+from elastic.routing.table import sizes
+from elastic.teacher import CachedTeacher, Teacher
+from elastic.training.callbacks.common import log_row
+from elastic.training.module import PARENT, ElasticModule
+
+log = logging.getLogger(__name__)
+
+
+class BudgetValidation(Callback):
+    """Every budget on fixed text: loss, KL to the teacher, gap to the teacher; and the sizes
+    chosen.
+
+    The teacher is the frozen parent or, where there is none, the full member.
+    """
+
+    def __init__(self, data: DataLoader[Tensor], every: int) -> None:
+        self.data, self.every = data, every
+        self.last_step = -1
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Tensor,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(module, ElasticModule)
+        if module.between_steps and module.step % self.every == 0:
+            self.validate(trainer, module)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, ElasticModule)
+        if module.step == 0:
+            self.validate(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validate(trainer, module)
+
+    @torch.no_grad()
+    def validate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Measure and log, once per optimizer step."""
+        assert isinstance(module, ElasticModule)
+        if module.step == self.last_step:
+            return
+        self.last_step = module.step
+        row: dict[str, float] = {}
+        if module.family is None:
+            losses, _ = self._measure(trainer, module, {PARENT: None})
+        else:
+            choices = module.family.choices(module.progress)
+            members = {name: module.family.member(choice) for name, choice in choices.items()}
+            losses, divergences = self._measure(trainer, module, members)
+            teacher = next(iter(members)) if module.teacher is None else PARENT
+            for name, choice in choices.items():
+                if name in divergences:
+                    row[f"val/{name}/kl"] = divergences[name]
+                    row[f"val/{name}/gap"] = losses[name] / losses[teacher] - 1
+                for axis, size in sizes(choice).items():
+                    row[f"router/{name}/{axis}"] = size
+        row |= {f"val/{name}/loss": loss for name, loss in losses.items()}
+        log_row(trainer, module, row)
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        log.info("%s step %d: validation loss %s", module.stage.name, module.step, shown)
+
+    def _measure(
+        self, trainer: L.Trainer, module: ElasticModule, members: dict[str, Member]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean loss of every member and of the teacher, and mean KL to it, in nats per token.
+
+        Without a frozen teacher the first member, the full one, teaches the others.
+        """
+        losses: dict[str, float] = defaultdict(float)
+        divergences: dict[str, float] = defaultdict(float)
+        # Forward KL and cross-entropy in one go, the same for all runs whatever they optimise. A
+        # teacher cache is at the temperature of the run alone, and has all other tokens as one.
+        offline = isinstance(module.teacher, CachedTeacher)
+        config = ObjectiveConfig(
+            cross_entropy_weight=1.0,
+            chunk_tokens=module.objective.chunk_tokens,
+            temperature=module.objective.temperature if offline else 1.0,
+        )
+        count, rows = 0, 0
+        for batch in self.data:
+            batch = batch.to(module.device)
+            targets = batch[:, 1:].flatten()
+            teacher: Head | TopK | None = None
+            if module.teacher is not None:  # once for all members
+                teacher = module.teacher.distributions(batch, "validation", rows)
+                loss = _teacher_loss(module.teacher, teacher, targets, config, rows, len(batch))
+                losses[PARENT] += loss * len(targets)
+            for name, member in members.items():
+                assert trainer.strategy.model is not None
+                with trainer.precision_plugin.val_step_context():
+                    terms, student = trainer.strategy.model(batch, member, teacher, config)
+                losses[name] += float(terms["cross_entropy"]) * len(targets)
+                if teacher is not None:
+                    divergences[name] += float(terms["distillation"]) * len(targets)
+                elif module.family is not None:
+                    teacher = student
+            count += len(targets)
+            rows += len(batch)
+        return (
+            {name: total / count for name, total in losses.items()},
+            {name: total / count for name, total in divergences.items()},
+        )
+
+
+def _teacher_loss(
+    teacher: Teacher,
+    predicted: Head | TopK,
+    targets: Tensor,
+    config: ObjectiveConfig,
+    first: int,
+    rows: int,
+) -> float:
+    """Cross-entropy of the teacher itself on validation rows, in nats per token."""
+    if isinstance(predicted, TopK):
+        assert isinstance(teacher, CachedTeacher)
+        return teacher.cross_entropy("validation", first, rows)
+    return float(token_terms(predicted, None, targets, config)["cross_entropy"])
