@@ -86,12 +86,8 @@ def test_null_is_a_value_like_another(config: RunConfig) -> None:
     Path(config.run_dir).mkdir()
     write_config(config)
     space = replace(config.space, ffn=None)
-    with pytest.raises(
-        ConfigError, match=r"space.ffn=null: .* was started with \[512, .*"
-    ):
+    with pytest.raises(ConfigError, match=r"space.ffn=null: .* was started with \[512, .*"):
         check_run_dir(replace(config, space=space), first=True)
     write_config(replace(config, space=space))
-    with pytest.raises(
-        ConfigError, match=r"space.ffn=\[512, .*: .* was started with null"
-    ):
+    with pytest.raises(ConfigError, match=r"space.ffn=\[512, .*: .* was started with null"):
         check_run_dir(config, first=True)
