@@ -1,5 +1,6 @@
 """Everything that each command reads."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from elastic.config.checks import ConfigError, one_of, require
@@ -100,23 +101,40 @@ class RunConfig:
 
 
 def _check_listed(
-    key: str, probabilities: dict[str, float] | None, budgets: dict[str, BudgetConfig]
+    key: str, probabilities: Mapping[str, float] | None, budgets: Collection[str]
 ) -> None:
-    """A stage that lists probabilities lists every budget and no other: one that is not listed
-    would silently never be drawn."""
-    listed = probabilities if probabilities is not None else dict.fromkeys(budgets, 0.0)
-    unknown = [name for name in listed if name not in budgets]
-    unlisted = [name for name in budgets if name not in listed]
-    wrong = f"{unknown[0]} is no budget" if unknown else f"{', '.join(unlisted)} would not be drawn"
-    example = ",".join(f"{name}:..." for name in budgets)
-    removed = " ".join(f"'~{key}.{name}'" for name in unknown)
-    require(
-        not unknown and not unlisted,
-        key,
-        dict(listed),
-        f"a share of every budget, and {wrong}; set {key}=null to draw all alike, or give shares "
-        f"that sum to 1: '{key}={{{example}}}'{' ' if removed else ''}{removed}",
+    """A stage that lists probabilities lists every budget: another would silently never be drawn.
+
+    Raises:
+        ConfigError: it lists others. Its message has settings that can be given as they stand: the
+            shares that are listed, in proportion, and 0 for a budget that is not.
+    """
+    if probabilities is None:
+        return
+    unknown = [name for name in probabilities if name not in budgets]
+    unlisted = [name for name in budgets if name not in probabilities]
+    if not unknown and not unlisted:
+        return
+    wrong = [f"{name} is no budget (those are {', '.join(budgets)})" for name in unknown]
+    wrong += [f"the budget {name} is not listed and would never be drawn" for name in unlisted]
+    shares = _shares({name: probabilities.get(name, 0.0) for name in budgets})
+    listed = ",".join(f"{name}:{share:g}" for name, share in shares.items())
+    removed = "".join(f" '~{key}.{name}'" for name in unknown)
+    raise ConfigError(
+        f"{key}={dict(probabilities)}: {'; '.join(wrong)}; give each budget a share, 0 for never: "
+        f"'+{key}={{{listed}}}'{removed}, or draw all alike: {key}=null"
     )
+
+
+def _shares(weights: dict[str, float]) -> dict[str, float]:
+    """Weights in proportion, to four decimals that sum to 1; all alike where all are 0."""
+    total = sum(weights.values())
+    if total == 0:
+        weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
+    shares = {name: round(weight / total, 4) for name, weight in weights.items()}
+    largest = max(shares, key=lambda name: shares[name])
+    shares[largest] = round(shares[largest] + 1 - sum(shares.values()), 4)
+    return shares
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ import logging
 import time
 from pathlib import Path
 
-from elastic.cluster.place import ALONE, Place
+from elastic.cluster.place import ALONE, Place, from_first
 from elastic.cluster.signals import StopSignals
 from elastic.config import ConfigError, RunConfig
 from elastic.training.build import cached_teacher, family_of, initial, online_teacher
@@ -14,7 +14,7 @@ from elastic.training.prepare import prepare
 from elastic.training.rank import rank_parent, sorted_parent
 from elastic.training.resume import CheckpointStore, Saved
 from elastic.training.train import Fitting, train_stages
-from elastic.training.write import write_elastic, write_parent
+from elastic.training.write import is_written, write_elastic, write_parent
 
 log = logging.getLogger(__name__)
 
@@ -37,27 +37,32 @@ class Run:
         prepare(self.setup)
 
     def execute(self) -> Path:
-        """Run every stage that is not done yet; returns the elastic checkpoint's directory."""
+        """Do what is not done yet; returns the elastic checkpoint's directory."""
         start = time.monotonic()
         saved = self.store.newest()
-        finished = saved is not None and self._is_last(saved)
-        if finished:
-            log.info("this run is finished; nothing is left to train")
-        elif saved is not None:
-            log.info("resuming stage %s at step %d", saved.state["stage"], saved.state["step"])
+        if self._is_finished(saved):
+            output = self.setup.run_dir / "elastic"
+            log.info("this run is finished: its elastic checkpoint is in %s", output)
+            return output
+        if saved is not None:
+            stage = self.setup.stages[saved.state["stage_index"]]
+            log.info(
+                "resuming stage %s at step %d of %d", stage.name, saved.state["step"], stage.steps
+            )
         fitting = Fitting(self.store, self.signals, self._loggers(saved))
         self._pretrain(fitting)
         output = self._train_family(fitting)
         for logger in fitting.loggers:
             logger.finalize("success")
-        took = "" if finished else f"done in {time.monotonic() - start:.0f} s; "
-        log.info("%selastic checkpoint in %s", took, output)
+        log.info("done in %.0f s; elastic checkpoint in %s", time.monotonic() - start, output)
         return output
 
-    def _is_last(self, saved: Saved) -> bool:
-        """Whether a checkpoint is that of the last step of the last stage."""
+    def _is_finished(self, saved: Saved | None) -> bool:
+        """Whether the last stage has ended, and its elastic checkpoint is there."""
         last = self.setup.stages[-1]
-        return (saved.state["stage_index"], saved.state["step"]) == (last.index, last.steps)
+        if saved is None or (saved.state["stage"], saved.state["step"]) != (last.name, last.steps):
+            return False
+        return from_first(self.setup.place.rank == 0 and is_written(self.setup, last))
 
     def _loggers(self, saved: Saved | None) -> list:
         """Loggers that go on after a checkpoint: what they have from later steps comes again."""

@@ -1,5 +1,7 @@
 """What a run directory may hold when a run begins, and the settings that it is a run of."""
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,27 +41,36 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"run_dir={run_dir}: not empty, and not a run; choose another")
-    before, now = _flat(yaml.safe_load(stored.read_text())), _flat(asdict(config))
-    for key in sorted(before.keys() | now.keys()):
-        may_change = any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE)
-        if may_change or before.get(key) == now.get(key):
+    for key, before, now in _differences(yaml.safe_load(stored.read_text()), asdict(config)):
+        if any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE):
             continue
-        if key not in now:
-            what = f"{key}: not set, but run_dir={run_dir} was started with {_shown(before[key])}"
-            way = f"must be set to that (+{key}=...)"
-        elif key not in before:
-            what = f"{key}={_shown(now[key])}: run_dir={run_dir} was started without it"
-            way = "must be left out"
-        else:
-            what = f"{key}={_shown(now[key])}: run_dir={run_dir} was started with "
-            what, way = what + _shown(before[key]), "must be that"
-        raise ConfigError(f"{what}; {way}, or choose another run_dir")
+        here = f"{key} is not set" if now is MISSING else f"{key}={_shown(now)}"
+        then = "without this setting" if before is MISSING else f"with {_shown(before)}"
+        way = "leave it out" if before is MISSING else "must be that"
+        raise ConfigError(
+            f"{here}: run_dir={run_dir} was started {then}; {way}, or choose another run_dir"
+        )
+
+
+MISSING = object()
+"""In place of a setting that is not there; null is a value."""
+
+
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key and both values of what differs, by key; MISSING where there is none."""
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name, MISSING), now.get(name, MISSING)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            yield from _differences(was, is_now, f"{prefix}{name}.")
+        elif was != is_now:
+            yield f"{prefix}{name}", was, is_now
 
 
 def _shown(value: object) -> str:
     """A value as one writes it on the command line."""
-    names = {"None": "null", "True": "true", "False": "false"}
-    return names.get(str(value), str(value))
+    return value if isinstance(value, str) else json.dumps(value).replace('"', "")
 
 
 def _matters(path: Path) -> bool:
@@ -71,14 +82,3 @@ def write_config(config: RunConfig) -> None:
     """Write the settings, for those who read the run and for the check of the next start."""
     with atomic_file(Path(config.run_dir) / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat = {}
-    for key, entry in value.items():
-        if isinstance(entry, dict) and entry:
-            flat.update(_flat(entry, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = entry
-    return flat

@@ -72,10 +72,16 @@ def write_parent(setup: Setup, pieces: Pieces) -> None:
     wait_for_all()
 
 
-def _is_of(directory: Path, tokens_seen: dict[str, int]) -> bool:
-    """Whether an elastic checkpoint is there, written after so many tokens of every stage."""
+def _tokens_seen(setup: Setup, stage: Stage) -> dict[str, int]:
+    """Tokens of every stage at the end of `stage`."""
+    return {s.name: s.tokens for s in setup.stages if s.index <= stage.index}
+
+
+def is_written(setup: Setup, stage: Stage) -> bool:
+    """Whether the elastic checkpoint of the end of `stage` is there."""
     try:
-        return Manifest.read(directory).provenance["tokens_seen"] == tokens_seen
+        provenance = Manifest.read(setup.run_dir / "elastic").provenance
+        return provenance["tokens_seen"] == _tokens_seen(setup, stage)
     except (ValueError, KeyError):
         return False
 
@@ -92,11 +98,10 @@ def write_elastic(
 
     The old one stays until the new one is whole; one that this stage has written is left as it is.
     """
-    seen = {s.name: s.tokens for s in setup.stages if s.index <= stage.index}
-    directory = setup.run_dir / "elastic"
-    if setup.place.rank == 0 and not _is_of(directory, seen):
+    if setup.place.rank == 0 and not is_written(setup, stage):
         choices = family.choices(stage.progress(stage.steps))
-        _write_directory(setup, directory, pieces, family, choices, ranking, seen)
+        seen = _tokens_seen(setup, stage)
+        _write_directory(setup, setup.run_dir / "elastic", pieces, family, choices, ranking, seen)
         log.info("elastic checkpoint after stage %s; %s", stage.name, family.news(choices))
     wait_for_all()
 

@@ -1,5 +1,6 @@
 """Impossible values stop in one line: the key first, then the value, then what is allowed."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -169,21 +170,32 @@ def test_a_checkpoint_must_have_the_sizes_that_were_announced() -> None:
     parent.check_shape(parse(changed("parent.path", None), RunConfig).parent.shape)  # type: ignore[arg-type]
 
 
-def test_probabilities_are_of_budgets_that_exist() -> None:
-    line = refusal(changed(f"{ALL}.budget_probabilities", {"full": 0.5, "small": 0.3, "tiny": 0.2}))
-    assert "tiny is no budget" in line and f"'~{ALL}.budget_probabilities.tiny'" in line
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_stage_that_lists_shares_lists_every_budget(share: float) -> None:
-    """One that is added and not listed would silently never be drawn."""
-    listed = {"full": 1.0 - share, "small": share}
-    parse(changed(f"{ALL}.budget_probabilities", listed), RunConfig)
-    del listed["small" if share == 0 else "full"]
-    line = refusal(changed(f"{ALL}.budget_probabilities", listed))
-    assert line.startswith(f"{ALL}.budget_probabilities={listed}: must be a share of every budget")
-    assert f"{'small' if share == 0 else 'full'} would not be drawn" in line
-    assert f"set {ALL}.budget_probabilities=null to draw all alike" in line
+@pytest.mark.parametrize(
+    ("listed", "wrong", "way"),
+    [
+        ({"full": 1.0}, "the budget small is not listed", "{full:1,small:0}"),
+        ({"small": 1.0}, "the budget full is not listed", "{full:0,small:1}"),
+        (
+            {"full": 0.5, "small": 0.25, "tiny": 0.25},
+            "tiny is no budget (those are full, small)",
+            "{full:0.6667,small:0.3333}",
+        ),
+        ({"tiny": 1.0}, "tiny is no budget", "{full:0.5,small:0.5}"),
+    ],
+    ids=["added", "the-largest", "removed", "renamed"],
+)
+def test_a_stage_that_lists_shares_lists_every_budget(
+    listed: dict[str, float], wrong: str, way: str
+) -> None:
+    """One that is added and not listed would silently never be drawn. The way out is one."""
+    key = f"{ALL}.budget_probabilities"
+    line = refusal(changed(key, listed))
+    removed = f" '~{key}.tiny'" if "tiny" in listed else ""
+    assert line.startswith(f"{key}={listed}: {wrong}")
+    assert line.endswith(f"'+{key}={way}'{removed}, or draw all alike: {key}=null")
+    shares = {name: float(share) for name, share in re.findall(r"(\w+):([\d.]+)", way)}
+    for mended in (shares, None):
+        parse(changed(key, mended), RunConfig)
 
 
 def in_place(**stage: Any) -> dict[str, Any]:

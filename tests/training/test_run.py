@@ -2,16 +2,19 @@
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.runs import CONF, settings, small_settings, stage
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+import elastic.training.run
 import elastic.training.train
 from elastic.config import ConfigError, EvaluateConfig, RunConfig
 from elastic.evaluate.family import evaluate
@@ -102,11 +105,42 @@ def test_teacher_is_untouched_by_training(golden: Path) -> None:
     sums = {name: float(weight.double().abs().sum()) for name, weight in trained.items()}
     moved = [n for n, w in elastic_weights.items() if float(w.double().abs().sum()) != sums[n]]
     assert len(moved) > len(sums) // 2
-    launch(small_settings(golden, steps=(400, 240, 40)))  # everything is done: nothing may change
-    for name, weight in load_file(golden / "parent" / "model.safetensors").items():
-        assert torch.equal(weight, trained[name])
-    for name, weight in load_file(golden / "elastic" / "model.safetensors").items():
-        assert torch.equal(weight, elastic_weights[name])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    golden: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs neither teacher nor ranking for that, which take minutes at 12B."""
+
+    def times() -> dict[Path, int]:
+        kept = [path for path in golden.rglob("*") if path.is_file()]
+        return {path: path.stat().st_mtime_ns for path in kept if path.name != "config.yaml"}
+
+    before = times()
+    monkeypatch.delattr(elastic.training.run, "rank_parent")
+    with caplog.at_level("INFO", "elastic"):
+        output = launch(small_settings(golden, steps=(400, 240, 40)))
+    assert output == golden / "elastic"
+    said = f"this run is finished: its elastic checkpoint is in {output}"
+    assert [r.getMessage() for r in caplog.records if "run" in r.name] == [said]
+    assert times() == before
+
+
+def test_a_finished_run_writes_an_elastic_checkpoint_that_is_gone(
+    golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the last resume checkpoint, the same bytes."""
+    copy = tmp_path / "copy"
+    shutil.copytree(golden, copy)
+    shutil.rmtree(copy / "elastic")
+    stored = yaml.safe_load((copy / "config.yaml").read_text()) | {"run_dir": str(copy)}
+    (copy / "config.yaml").write_text(yaml.safe_dump(stored))
+    with caplog.at_level("INFO", "elastic"):
+        launch(small_settings(copy, steps=(400, 240, 40)))
+    assert "resuming stage long at step 40 of 40" in caplog.text
+    assert "this run is finished" not in caplog.text
+    for path in ("model.safetensors", "router.safetensors"):
+        assert (copy / "elastic" / path).read_bytes() == (golden / "elastic" / path).read_bytes()
 
 
 def test_metrics_name_every_term_and_every_budget(golden: Path) -> None:

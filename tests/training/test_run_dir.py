@@ -7,7 +7,7 @@ import pytest
 from helpers.runs import settings
 
 from elastic.cluster.lock import LOCK
-from elastic.config import ConfigError, RunConfig
+from elastic.config import BudgetConfig, ConfigError, CurriculumConfig, RunConfig
 from elastic.training.run_dir import check_run_dir, write_config
 
 
@@ -50,3 +50,44 @@ def test_a_run_goes_on_with_the_same_settings_on_other_machines(config: RunConfi
         check_run_dir(replace(config, parent=replace(parent, kernels="torch")), first=True)
     with pytest.raises(ConfigError, match="resume=false: .* is not empty"):
         check_run_dir(replace(config, resume=False), first=True)
+
+
+def with_budgets(config: RunConfig, **budgets: float) -> RunConfig:
+    """The same, with these budgets, which every stage draws alike."""
+    stages = config.curriculum.stages.items()
+    curriculum = CurriculumConfig(
+        stages={name: replace(stage, budget_probabilities=None) for name, stage in stages}
+    )
+    named = {name: BudgetConfig(params=params) for name, params in budgets.items()}
+    return replace(config, curriculum=curriculum, budgets=named)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "what"),
+    [
+        ({}, {"tiny": 0.4}, "budgets.tiny={params: 0.4}: RUN was started without this setting; le"),
+        ({"tiny": 0.4}, {}, "budgets.tiny is not set: RUN was started with {params: 0.4}; must be"),
+        ({"tiny": 0.4}, {"tiny": 0.3}, "budgets.tiny.params=0.3: RUN was started with 0.4; must b"),
+    ],
+    ids=["added", "removed", "changed"],
+)
+def test_a_refusal_says_what_was_set_and_what_was_not(
+    before: dict[str, float], now: dict[str, float], what: str, config: RunConfig
+) -> None:
+    Path(config.run_dir).mkdir()
+    write_config(with_budgets(config, full=1.0, **before))
+    with pytest.raises(ConfigError) as refused:
+        check_run_dir(with_budgets(config, full=1.0, **now), first=True)
+    assert str(refused.value).startswith(what.replace("RUN", f"run_dir={config.run_dir}"))
+    assert str(refused.value).endswith("or choose another run_dir")
+
+
+def test_null_is_a_value_like_another(config: RunConfig) -> None:
+    Path(config.run_dir).mkdir()
+    write_config(config)
+    space = replace(config.space, ffn=None)
+    with pytest.raises(ConfigError, match=r"space.ffn=null: .* was started with \[512, .*"):
+        check_run_dir(replace(config, space=space), first=True)
+    write_config(replace(config, space=space))
+    with pytest.raises(ConfigError, match=r"space.ffn=\[512, .*: .* was started with null"):
+        check_run_dir(config, first=True)
