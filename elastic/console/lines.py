@@ -1,6 +1,7 @@
 """Log lines and messages that do not share a line with a bar."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,11 @@ def clear_of_bars(beside: bool = False) -> None:
     """Let whatever is logged to stdout or stderr, and Python's warnings, go between the bars.
 
     Formats, levels and files are left as logging is configured (by Hydra's job_logging, or by
-    `logging.basicConfig`); call this afterwards. `beside` is as in `Handler`.
+    `logging.basicConfig`); call this afterwards, and before torch is imported: its C++ writes past
+    Python, so that only errors come from there, unless TORCH_CPP_LOG_LEVEL says otherwise. `beside`
+    is as in `Handler`.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     root = logging.getLogger()
     for old in list(root.handlers):
         if type(old) is logging.StreamHandler and old.stream in (sys.stdout, sys.stderr):

@@ -112,3 +112,15 @@ def test_without_a_terminal_bars_are_a_few_whole_lines(tmp_path: Path) -> None:
     assert bars[0].startswith("BAR: 0%, 0 of 40 tok")
     assert bars[1].startswith("BAR: 100%, 40 of 40 tok") and bars[1].endswith("loss 39.123")
     assert not any("BAR" in line and "LOG" in line for line in lines)
+
+
+def test_all_bars_have_one_lock() -> None:
+    """Else a log line would not wait until a bar is drawn."""
+    program = (
+        "from tqdm import tqdm; from elastic.console import Bar\n"
+        "Bar(disable=True); print(Bar.get_lock() is tqdm.get_lock())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment()
+    )
+    assert done.stdout == "True\n", done.stderr
