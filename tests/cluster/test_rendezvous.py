@@ -85,7 +85,7 @@ def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
         assert "rank 0 on 127.0.0.1 has left" in started.told(1)[0]
     with processes(tmp_path / "first", absent, 2, 0) as started:
         assert started.codes() == [0] * 2
-        assert "rank 0 has not come" in started.told(1)[0]
+        assert "rank 0 was not found" in started.told(1)[0]
 
 
 def test_no_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

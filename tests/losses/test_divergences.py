@@ -1,5 +1,6 @@
 """Divergences by hand, and their closed forms beside autograd through the plain ones."""
 
+import itertools
 import math
 
 import pytest
@@ -72,7 +73,10 @@ def test_merging_tokens_never_adds_divergence(divergence: str) -> None:
         remainder_dense(student, top_k_dense(teacher, k, 1.0), divergence, 1.0).item()
         for k in range(1, 12)
     ]
-    assert values == sorted(values) and values[0] < values[-1]
+    rounding = 1e-12 * values[-1]
+    for fewer, more in itertools.pairwise(values):
+        assert fewer <= more + rounding
+    assert values[0] < values[-1] - rounding
 
 
 @pytest.mark.parametrize("own", [0.0, 0.7])
