@@ -112,7 +112,7 @@ def test_base_config_is_kept_but_never_overrides_the_sizes(tmp_path: Path) -> No
         ({"n_groups": 4}, r"config\.json: mamba_num_heads=6: must be a multiple of n_groups=4"),
         ({"hidden_size": "13"}, r"config\.json: "),
         ({"intermediate_size": [17, 9]}, r"config\.json: "),
-        ({"hidden_size": 12}, r"has shape \(11, 13\), config\.json asks for \(11, 12\)"),
+        ({"hidden_size": 12}, r"has shape \(11, 13\), config\.json gives \(11, 12\)"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

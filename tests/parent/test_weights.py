@@ -184,7 +184,7 @@ def reshape_tensor(tensors: dict[str, Tensor]) -> None:
         (remove_embedding, r"tensor backbone\.embeddings\.weight is missing"),
         (remove_head, r"tensor lm_head\.weight is missing"),
         (add_tensor, r"unknown tensor backbone\.layers\.0\.mixer\.extra \(1 in all\)"),
-        (reshape_tensor, r"up_proj\.weight has shape \(3, 13\), config\.json asks for \(17, 13\)"),
+        (reshape_tensor, r"up_proj\.weight has shape \(3, 13\), config\.json gives \(17, 13\)"),
     ],
 )
 def test_tensors_that_do_not_fit_config_json_are_refused(
