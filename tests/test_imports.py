@@ -30,6 +30,7 @@ LIGHT = (
     "storage.files",
     "storage.manifest",
     "cluster.requeue",
+    "cluster.start",
     "cli.command",
 )
 """Modules that start in a moment: no torch."""
