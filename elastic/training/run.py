@@ -18,16 +18,15 @@ from elastic.config import ParentShape, RunConfig
 from elastic.data import PackedTokens, TextDataModule, check_vocabulary, prepare_data
 from elastic.importance import Ranking, is_sorted, rank, read_ranking, sort_checkpoint
 from elastic.losses import check_objective
-from elastic.members.architecture import Architecture, Space
-from elastic.members.cost import parameters
-from elastic.members.search import check_reachable, targets_of
+from elastic.members.architecture import Space
 from elastic.parent import HybridParent
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config
 from elastic.parent.weights import load_parent, locate, open_weights
-from elastic.routing.curriculum import Stage, budget_probabilities, check_budgets, plan
+from elastic.routing.curriculum import Stage, budget_probabilities, plan
 from elastic.routing.family import Family, describe
 from elastic.routing.router import Router, RouterOptimizer
+from elastic.routing.sizes import check_sizes
 from elastic.storage.files import atomic_directory, recover, sweep
 from elastic.teacher import Teacher, build_teacher, check_teacher, contents_of
 from elastic.training import checkpoint as elastic_checkpoint
@@ -123,14 +122,9 @@ class Run:
     def _check_sizes(self, shape: ParentShape) -> tuple[Space, dict[str, int]]:
         """The space, and targets largest first; every budget must be reachable."""
         config = self.config
-        space = Space.build(config.space, shape)
-        targets = targets_of(config.budgets, shape)
-        full = parameters(shape, Architecture.full(shape))
-        in_place = config.objective.teacher == "in_place"
-        check_budgets(config.curriculum.stages, targets, full, in_place)
-        limits = config.space.tolerance, config.space.nested
-        check_reachable(space, targets, config.importance, *limits)
-        return space, targets
+        parts = config.space, config.budgets, config.importance, config.curriculum.stages
+        sizes = check_sizes(shape, *parts, in_place=config.objective.teacher == "in_place")
+        return sizes.space, sizes.targets
 
     def _check_lengths(self) -> None:
         """Every sequence length must fit into the text, the calibration's too."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.alive import Alive, saved_bytes
 from helpers.runs import settings
 from helpers.strategies import tiny_shape
-from plan.alive import Alive, saved_bytes
 
 from elastic.bench.subjects import TrainingStep, autocast
 from elastic.cluster import strategies
