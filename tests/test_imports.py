@@ -32,6 +32,7 @@ LIGHT = (
     "storage.files",
     "storage.manifest",
     "cluster.requeue",
+    "cluster.start",
     "cli.main",
     "cli.help",
 )

@@ -21,7 +21,7 @@ from elastic.config import BudgetConfig, StepBenchConfig
 from elastic.extract.compare import plain_transformers
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token, parameters
-from elastic.members.search import target_params
+from elastic.members.targets import target_params
 from elastic.parent import Member
 from elastic.routing.masks import hard_keep
 from elastic.routing.table import describe

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic.config import (
     BudgetConfig,
+    ImportanceConfig,
     ObjectiveConfig,
     OptimConfig,
     ParentConfig,
@@ -20,17 +20,17 @@ from elastic.config import (
     TrainerConfig,
 )
 from elastic.losses import token_terms
-from elastic.members.architecture import Space, droppable_layers
-from elastic.members.cost import LayerSize, total_parameters
-from elastic.members.search import Choice, Search, targets_of
+from elastic.members.architecture import Space
+from elastic.members.balanced import balanced_family
+from elastic.members.search import Choice
+from elastic.members.targets import stand_in_drop_order
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import stock_config
 from elastic.routing.curriculum import plan
+from elastic.routing.sizes import check_sizes
 from elastic.teacher import OnlineTeacher
 from elastic.training.module import PARENT, ElasticModule
-
-WIDTHS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
 
 
 def shape_of(config: ParentConfig) -> ParentShape:
@@ -56,7 +56,7 @@ def random_tokens(vocabulary: int, batch: int, time: int, seed: int) -> Tensor:
 
 def drop_order(space: Space) -> tuple[int, ...]:
     """Which layers go first: no ranking is there, and for the cost any order will do."""
-    return droppable_layers(space.shape, False, False, space.max_dropped)
+    return stand_in_drop_order(space, ImportanceConfig())
 
 
 def balanced_members(
@@ -67,44 +67,14 @@ def balanced_members(
     Raises:
         ConfigError: the space does not fit the parent, or reaches no member of such a size.
     """
-    space = Space.build(config, shape)
-    targets = targets_of({key(share): BudgetConfig(params=share) for share in shares}, shape)
-    likings = {name: _liking(space, target) for name, target in targets.items()}
-    search = Search(space, drop_order(space), config.tolerance)
-    return search.family(targets, likings, config.nested)
+    budgets = {key(share): BudgetConfig(params=share) for share in shares}
+    space, targets, _ = check_sizes(shape, config, budgets, ImportanceConfig(), {})
+    return balanced_family(space, drop_order(space), targets, config.tolerance, config.nested)
 
 
 def key(share: float) -> str:
     """Name of a budget."""
     return f"{share:g}"
-
-
-def _liking(space: Space, target: int) -> dict[str, np.ndarray]:
-    """axis -> (decisions, choices): the nearer to the common factor, the better."""
-    factor = _common_factor(space.shape, target)
-    return {
-        axis: np.tile(-np.square(np.array(sizes) / sizes[0] - factor), (space.decisions(axis), 1))
-        for axis, sizes in space.choices.items()
-    }
-
-
-def _common_factor(shape: ParentShape, target: int) -> float:
-    """By how much all axes have to shrink for a member of that size, were all sizes possible."""
-    widths = {
-        "mlp": shape.intermediate_size,
-        "mamba": shape.mamba_num_heads,
-        "attention": shape.num_attention_heads,
-    }
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        factor = (low + high) / 2
-        layers = [
-            LayerSize(kind, widths[kind] * factor, shape.mamba_head_dim * factor, factor)
-            for kind in shape.kinds
-        ]
-        small = total_parameters(shape, shape.hidden_size * factor, layers) < target
-        low, high = (factor, high) if small else (low, factor)
-    return high
 
 
 # Training steps

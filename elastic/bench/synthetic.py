@@ -15,7 +15,8 @@ from elastic.config import BudgetConfig, ParentShape, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
 from elastic.members.cut import tensor_shapes
-from elastic.members.search import Choice, targets_of
+from elastic.members.search import Choice
+from elastic.members.targets import targets_of
 from elastic.parent.stock import stock_config
 from elastic.storage.files import atomic_directory, write_json
 from elastic.storage.manifest import Manifest, Member

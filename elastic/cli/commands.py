@@ -46,8 +46,10 @@ class Command:
 
 
 def train(config: RunConfig) -> None:
+    from elastic.cluster.start import check_started
     from elastic.training.opening import show
 
+    check_started(config.trainer)
     show(config)
     from elastic.training.launch import launch  # torch: once there is something to read
 
@@ -72,11 +74,12 @@ def extract(config: ExtractConfig) -> None:
 
 def plan(config: PlanConfig) -> None:
     """Print what a run would do and whether it fits; exit code 2 for one that cannot be."""
+    from elastic.cluster.start import given_settings
     from elastic.plan.text import describe
     from elastic.plan.work import make_plan
     from elastic.storage.files import write_json
 
-    made = make_plan(config)
+    made = make_plan(config, given_settings())
     if config.json is not None:
         write_json(Path(config.json), made)
     print(describe(made))
@@ -196,6 +199,7 @@ COMMANDS = {
                 "plan.gpu_tflops",
                 "plan.utilisation",
                 "plan.contexts",
+                "plan.price_per_gpu_hour",
                 "json",
             ),
             examples=(

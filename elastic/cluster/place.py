@@ -35,13 +35,6 @@ ALONE = Place()
 """The only process of a run."""
 
 
-def launched() -> bool:
-    """Whether a launcher (srun with several tasks, torchrun, ourselves) has started this process as
-    one of several."""
-    tasks = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-    return "WORLD_SIZE" in os.environ or tasks
-
-
 def find_place(trainer: TrainerConfig) -> Place:
     """Read rank and world size from the launcher's environment.
 

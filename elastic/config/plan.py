@@ -26,6 +26,8 @@ class PlanSettings:
     """Peak of a GPU's matrix products; an H100's in dense bfloat16."""
     utilisation: float = 0.4
     """Share of that peak at which all FLOPs of training run, recomputed ones included."""
+    price_per_gpu_hour: float | None = None
+    """What one GPU costs per hour, in any currency; null leaves the cost out."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "gpu_gib", "node_gib", "gpu_tflops"):
@@ -33,6 +35,8 @@ class PlanSettings:
         for name in ("contexts", "gpus"):
             values = getattr(self, name)
             require(min(values, default=1) > 0, f"plan.{name}", values, "positive")
+        price = self.price_per_gpu_hour
+        require(price is None or price >= 0, "plan.price_per_gpu_hour", price, "at least 0")
         require(0 < self.utilisation <= 1, "plan.utilisation", self.utilisation, "in (0, 1]")
         require(
             0 <= self.reserve_gib < self.gpu_gib,

@@ -20,6 +20,17 @@ AXIS_KIND = {
 """Kind of layer that each per-layer size belongs to; `hidden` and `depth` belong to the whole
 stack."""
 
+WIDTH_AXIS = {"mamba": "mamba_heads", "mlp": "ffn", "attention": "attention_heads"}
+"""Axis that sets the width of a kind of layer."""
+
+AXIS_FIELD = {
+    "ffn": "intermediate_size",
+    "mamba_heads": "num_heads",
+    "mamba_head_dim": "head_dim",
+    "attention_heads": "num_heads",
+}
+"""Field of a layer that holds its size on a per-layer axis."""
+
 LETTERS = {"mamba": "M", "mlp": "-", "attention": "*"}
 
 Selection = dict[str, tuple[int, ...]]
@@ -164,6 +175,19 @@ class Architecture:
             raise ValueError(f"architecture entry is malformed: {error!r}") from error
 
 
+def extents(shape: ParentShape) -> dict[str, tuple[int, int]]:
+    """axis -> the parent's size, and in how many equal groups it is kept: a choice is a multiple of
+    that, with as many units in each group."""
+    return {
+        "hidden": (shape.hidden_size, 1),
+        "ffn": (shape.intermediate_size, 1),
+        "mamba_heads": (shape.mamba_num_heads, shape.n_groups),
+        "mamba_head_dim": (shape.mamba_head_dim, 1),
+        "attention_heads": (shape.num_attention_heads, shape.num_key_value_heads),
+        "depth": (len(shape.pattern), 1),
+    }
+
+
 @dataclass(frozen=True)
 class Space:
     """Choices per axis, largest first; an axis that is left alone has the parent's size only."""
@@ -176,15 +200,7 @@ class Space:
     def build(cls, config: SpaceConfig, shape: ParentShape) -> "Space":
         """Check the configured choices against the parent; `ConfigError` names what does not
         fit."""
-        full = {
-            "hidden": shape.hidden_size,
-            "ffn": shape.intermediate_size,
-            "mamba_heads": shape.mamba_num_heads,
-            "mamba_head_dim": shape.mamba_head_dim,
-            "attention_heads": shape.num_attention_heads,
-            "depth": len(shape.pattern),
-        }
-        units = {"mamba_heads": shape.n_groups, "attention_heads": shape.num_key_value_heads}
+        sizes = extents(shape)
         names = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads"}
         choices: dict[str, tuple[int, ...]] = {}
         for axis in AXES:
@@ -195,22 +211,21 @@ class Space:
                     f"space.{axis}={configured}: must be null, the parent {shape.pattern} has no "
                     f"{kind} layer"
                 )
-            values = tuple(configured) if configured is not None else (full[axis],)
+            full, unit = sizes[axis]
+            values = tuple(configured) if configured is not None else (full,)
             for value in values:
-                unit = units.get(axis, 1)
-                if value > full[axis]:
+                if value > full:
                     raise ConfigError(
-                        f"space.{axis}={list(values)}: {value} is larger than the parent's "
-                        f"{full[axis]}"
+                        f"space.{axis}={list(values)}: {value} is larger than the parent's {full}"
                     )
                 if value % unit:
                     raise ConfigError(
                         f"space.{axis}={list(values)}: {value} must be a multiple of "
                         f"{names[axis]}={unit}"
                     )
-            if values[0] != full[axis]:
+            if values[0] != full:
                 raise ConfigError(
-                    f"space.{axis}={list(values)}: must start with the parent's {full[axis]}"
+                    f"space.{axis}={list(values)}: must start with the parent's {full}"
                 )
             choices[axis] = values
         return cls(shape, choices, frozenset(config.heterogeneous))

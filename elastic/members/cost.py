@@ -17,8 +17,9 @@ from elastic.members.architecture import Architecture, AttentionLayer, MambaLaye
 class LayerSize:
     """Sizes of one layer, integers or differentiable scalars.
 
-    `gate` is 1 for a kept layer (or the probability of keeping it); `width` is the MLP width, the
-    number of Mamba heads or of query heads; `channels` is the Mamba head size.
+    `gate` is 1 for a kept layer, the probability of keeping it, or how many layers are alike;
+    `width` is the MLP width, the number of Mamba heads or of query heads; `channels` is the Mamba
+    head size.
     """
 
     kind: str
@@ -53,6 +54,12 @@ def layer_parameters(shape: ParentShape, hidden: Any, size: LayerSize) -> Any:
     in_proj = hidden * (2 * inner + state + size.width)
     conv = (inner + state) * (shape.conv_kernel + int(shape.conv_bias))
     return hidden + in_proj + conv + 3 * size.width + inner + inner * hidden
+
+
+def parameters_per_width(shape: ParentShape, hidden: Any, kind: str, channels: Any = 1) -> Any:
+    """Parameters that one more unit of width adds to a layer of a kind, whatever its width."""
+    two, one = (layer_parameters(shape, hidden, LayerSize(kind, w, channels)) for w in (2, 1))
+    return two - one
 
 
 def total_parameters(shape: ParentShape, hidden: Any, sizes: Sequence[LayerSize]) -> Any:

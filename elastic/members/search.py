@@ -1,4 +1,4 @@
-"""Which members meet a budget: reachable sizes, and the most probable family. Pure data, no torch.
+"""Which members meet a budget: the most probable family, or the closest sizes. No torch.
 
 A budget is met when the exact parameter count of a member is within the tolerance of its target. Of
 all families that meet every budget (and are nested, when asked) the most probable one is taken.
@@ -12,12 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic.config import AXES, BudgetConfig, ConfigError, ImportanceConfig, ParentShape
-from elastic.members.architecture import AXIS_KIND, Architecture, Selection, Space, droppable_layers
-from elastic.members.cost import LayerSize, layer_parameters, parameters, total_parameters
-
-WIDTH_AXIS = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
-"""Axis that sets the width of a kind of layer."""
+from elastic.config import AXES, ConfigError
+from elastic.members.architecture import AXIS_KIND, WIDTH_AXIS, Architecture, Selection, Space
+from elastic.members.cost import LayerSize, parameters, parameters_per_width, total_parameters
 
 LogProbabilities = Mapping[str, np.ndarray]
 """axis -> (decisions, choices); an axis that is left alone may be absent."""
@@ -39,27 +36,6 @@ class Choice:
     selection: Selection
     architecture: Architecture
     params: int
-
-
-def target_params(budget: BudgetConfig, shape: ParentShape) -> int:
-    """Parameters that a budget asks for."""
-    full = parameters(shape, Architecture.full(shape))
-    return round(budget.params * full) if budget.params <= 1 else round(budget.params)
-
-
-def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, int]:
-    """Targets by name, largest first; `ConfigError` for one above the parent or given twice."""
-    full = parameters(shape, Architecture.full(shape))
-    targets = {name: target_params(budget, shape) for name, budget in budgets.items()}
-    for name, target in targets.items():
-        if target > full:
-            raise ConfigError(
-                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's "
-                f"{full:,}"
-            )
-    if len(set(targets.values())) < len(targets):
-        raise ConfigError(f"budgets: targets must differ, got {targets}")
-    return dict(sorted(targets.items(), key=lambda item: -item[1]))
 
 
 class Unreachable(ConfigError):
@@ -246,20 +222,16 @@ class Search:
         shape = self.space.shape
         hidden = self.space.choices["hidden"][once["hidden"][0]]
         channels = self.space.choices["mamba_head_dim"][once["mamba_head_dim"][0]]
-        base = total_parameters(shape, hidden, ())
+        sizes = []
         for kind, count in self._kept(once["depth"][0]).items():
             axis = WIDTH_AXIS[kind]
             # a layer's cost is linear in its width: what depends on it is in the tables
             width = 0 if axis in self._layered else self.space.choices[axis][once[axis][0]]
-            base += count * layer_parameters(shape, hidden, LayerSize(kind, width, channels))
+            sizes.append(LayerSize(kind, width, channels, gate=count))
+        base = total_parameters(shape, hidden, sizes)
         tables = []
         for axis in self._layered:
-            kind = AXIS_KIND[axis]
-            two, one = (
-                layer_parameters(shape, hidden, LayerSize(kind, width, channels))
-                for width in (2, 1)
-            )
-            slope = two - one
+            slope = parameters_per_width(shape, hidden, AXIS_KIND[axis], channels)
             log = _log(log_probabilities, self.space, axis)
             scores, taken, unit = self._sums(axis, log, once, outer)
             costs = np.arange(len(scores), dtype=np.int64) * unit * slope
@@ -328,59 +300,3 @@ def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.nda
     if axis in log_probabilities:
         return log_probabilities[axis]
     return np.zeros((space.decisions(axis), len(space.choices[axis])))
-
-
-def check_reachable(
-    space: Space,
-    targets: Mapping[str, int],
-    importance: ImportanceConfig,
-    tolerance: float,
-    nested: bool,
-) -> None:
-    """Stop before any work if some target cannot be met, whatever the depth ranking turns out to
-    be.
-
-    The ranking is not known yet, so that orders of every composition stand for it. The real one is
-    checked again as soon as it is there.
-    """
-    flat: dict[str, LogProbabilities] = {name: {} for name in targets}
-    layers = droppable_layers(
-        space.shape, importance.drop_attention, importance.drop_ends, space.max_dropped
-    )
-    first: Unreachable | None = None
-    for order in _drop_orders(space.shape, layers, space.max_dropped):
-        try:
-            Search(space, order, tolerance).family(targets, flat, nested)
-            return
-        except Unreachable as error:
-            if first is None:
-                first = error
-            elif (error.name, error.nested) == (first.name, first.nested):
-                below = max(first.closest[0], error.closest[0])
-                above = min(filter(None, (first.closest[1], error.closest[1])), default=0)
-                closest = (below, above)
-                first = Unreachable(first.name, first.target, closest, tolerance, first.nested)
-    assert first is not None
-    raise first
-
-
-def _drop_orders(
-    shape: ParentShape, layers: Sequence[int], count: int
-) -> Iterator[tuple[int, ...]]:
-    """Orders that differ in cost: every number of layers per kind, kind by kind or in turns.
-
-    Layers of one kind cost the same, so that the first ones stand for all.
-    """
-    kinds = sorted({shape.kinds[layer] for layer in layers})
-    by_kind = [[layer for layer in layers if shape.kinds[layer] == kind] for kind in kinds]
-    seen = set()
-    for numbers in itertools.product(*(range(len(group) + 1) for group in by_kind)):
-        if sum(numbers) != count:
-            continue
-        parts = [group[:number] for group, number in zip(by_kind, numbers, strict=True)]
-        blocks = [tuple(itertools.chain(*order)) for order in itertools.permutations(parts)]
-        turns = itertools.chain(*itertools.zip_longest(*parts))
-        for order in (*blocks, tuple(layer for layer in turns if layer is not None)):
-            if order not in seen:
-                seen.add(order)
-                yield order

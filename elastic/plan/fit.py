@@ -65,7 +65,12 @@ class Fit:
     static: Static
     passes: dict[str, dict[str, Pass]]
     """stage -> run -> what a pass adds."""
+    host: Mapping[str, float]
+    """Bytes of a node's own memory, while a stage starts and while it runs."""
     limit: float
+    node_limit: float
+    """Of a node's own memory, in bytes; infinite where processes are planned, not GPUs: their
+    limit is a part of it already."""
 
     def stage_peak(self, stage: str) -> float:
         return self.static.total + max(one.peak for one in self.passes[stage].values())
@@ -86,7 +91,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.limit
+        return self.peak <= self.limit and max(self.host.values()) <= self.node_limit
 
 
 class Fitter:
@@ -101,6 +106,7 @@ class Fitter:
     ) -> None:
         self.config, self.shape, self.space, self.members = config, shape, space, dict(members)
         self.limit = limit_of(config)
+        self.node_limit = config.plan.node_gib * GIB if on_gpu(config) else math.inf
         self.parameters = held_parameters(shape)
         self._statics: dict[tuple, Static] = {}
         self._passes: dict[tuple, Pass] = {}
@@ -157,7 +163,8 @@ class Fitter:
             }
             for stage in self.stages(config)
         }
-        return Fit(self._statics[key], passes, self.limit)
+        host = host_memory(config, self.shape)
+        return Fit(self._statics[key], passes, host, self.limit, self.node_limit)
 
     def stages(self, config: PlanConfig) -> list[Stage]:
         return plan(config.curriculum.stages, config.trainer, list(self.members))
@@ -189,15 +196,13 @@ class Fitter:
             self._passes[key] = pass_memory(config, self.shape, run, sequences, length, live)
         return self._passes[key]
 
-    def host(self, setup: Setup) -> dict[str, float]:
-        return host_memory(self.settings(setup), self.shape)
-
-    def smallest_change(self, setup: Setup) -> list[str] | None:
-        """The cheapest changes with which it fits; None if nothing helps."""
+    def smallest_change(self, setup: Setup) -> tuple[Setup, list[str]] | None:
+        """The setup with the cheapest changes with which it fits, and what they are called; None if
+        nothing helps."""
         for changed, names in self._variants(setup):
             try:
                 if self.fit(changed).fits:
-                    return names
+                    return changed, names
             except ConfigError:
                 continue
         return None

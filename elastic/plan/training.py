@@ -1,12 +1,14 @@
 """What training takes: tokens, steps, passes, FLOPs and GPU-hours, stage by stage."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from elastic.config import ParentShape, PlanConfig
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token
-from elastic.routing.curriculum import Stage, budget_probabilities
+from elastic.plan.memory import on_gpu
+from elastic.routing.curriculum import Stage, budget_probabilities, plan
 
 SEPARATE_TOKENS, SCRATCH_TOKENS = 750e9, 40e12
 """6B and 9B by sequential compression, and pretrained from scratch (arXiv 2511.16664, table 2)."""
@@ -94,3 +96,38 @@ def passes_per_token(stage: Stage, budgets: list[str]) -> dict[str, float]:
 def gpu_hours(config: PlanConfig, flops: float) -> float:
     """At the assumed share of the peak."""
     return flops / (config.plan.gpu_tflops * 1e12 * config.plan.utilisation) / 3600
+
+
+def cost_of(config: PlanConfig, hours: float) -> float | None:
+    """Of so many GPU-hours, in the price's currency; None without a price or on CPU processes."""
+    price = config.plan.price_per_gpu_hour
+    return price * hours if price is not None and on_gpu(config) else None
+
+
+def training(
+    config: PlanConfig, shape: ParentShape, members: Mapping[str, Architecture]
+) -> dict[str, Any]:
+    """All stages and their sums, as JSON."""
+    stages = []
+    for stage in plan(config.curriculum.stages, config.trainer, list(members)):
+        work = stage_work(config, shape, stage, members)
+        hours = gpu_hours(config, work.flops)
+        stages.append(
+            asdict(work) | {"mode": stage.config.mode, "flops": work.flops, "gpu_hours": hours}
+        )
+    elastic = sum(stage["tokens"] for stage in stages if stage["mode"] == "elastic")
+    hours = sum(stage["gpu_hours"] for stage in stages)
+    return {
+        "stages": stages,
+        "gpus": config.trainer.world_size,
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "elastic_tokens": elastic,
+        "flops": sum(stage["flops"] for stage in stages),
+        "gpu_hours": hours,
+        "days": hours / config.trainer.world_size / 24,
+        "cost": cost_of(config, hours),
+        "separate_tokens": SEPARATE_TOKENS,
+        "scratch_tokens": SCRATCH_TOKENS,
+        "separate_over_elastic": SEPARATE_TOKENS / elastic if elastic else None,
+        "scratch_over_elastic": SCRATCH_TOKENS / elastic if elastic else None,
+    }

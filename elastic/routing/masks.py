@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from elastic.config import ParentShape
-from elastic.members.architecture import Architecture, MambaLayer, MLPLayer, Space
+from elastic.members.architecture import (
+    WIDTH_AXIS,
+    Architecture,
+    MambaLayer,
+    MLPLayer,
+    Space,
+    extents,
+)
 from elastic.parent import Keep, LayerKeep
 
 Distributions = Mapping[str, Tensor]
@@ -71,16 +78,9 @@ def soft_keep(space: Space, drop_order: Sequence[int], distributions: Distributi
     One-hot distributions give the hard masks of the member they select.
     """
     shape = space.shape
-    geometry = {
-        "hidden": (shape.hidden_size, 1),
-        "ffn": (shape.intermediate_size, 1),
-        "mamba_heads": (shape.mamba_num_heads, shape.n_groups),
-        "mamba_head_dim": (shape.mamba_head_dim, 1),
-        "attention_heads": (shape.num_attention_heads, shape.num_key_value_heads),
-    }
     masks: dict[str, Tensor] = {}  # axis -> (b, decisions, size)
-    for axis, (size, groups) in geometry.items():
-        if axis in distributions:
+    for axis, (size, groups) in extents(shape).items():
+        if axis in distributions and axis != "depth":
             probabilities = distributions[axis]
             arguments = tuple(space.choices[axis]), size, groups
             masks[axis] = probabilities @ constant(prefix_masks, arguments, probabilities)
@@ -94,11 +94,10 @@ def soft_keep(space: Space, drop_order: Sequence[int], distributions: Distributi
         position = space.layers_of(axis).index(layer) if axis in space.heterogeneous else 0
         return masks[axis][:, position]
 
-    widths = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
     layers = tuple(
         LayerKeep(
             gate=None if gates is None else gates[:, index],
-            width=mask_of(widths[kind], index),
+            width=mask_of(WIDTH_AXIS[kind], index),
             channels=mask_of("mamba_head_dim", index) if kind == "mamba" else None,
         )
         for index, kind in enumerate(shape.kinds)

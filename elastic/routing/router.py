@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from elastic.config import OptimConfig, RouterConfig
-from elastic.members.architecture import Space
+from elastic.members.architecture import WIDTH_AXIS, Space
 from elastic.members.cost import LayerSize, total_parameters
 from elastic.routing.masks import Distributions, constant, layer_gates
 
@@ -213,11 +213,10 @@ def expected_parameters(
     gates = None
     if "depth" in distributions:
         gates = layer_gates(distributions["depth"], space, drop_order)
-    widths = {"mlp": "ffn", "mamba": "mamba_heads", "attention": "attention_heads"}
     layers = [
         LayerSize(
             kind,
-            width=at(widths[kind], index),
+            width=at(WIDTH_AXIS[kind], index),
             channels=at("mamba_head_dim", index) if kind == "mamba" else 1,
             gate=1.0 if gates is None else gates[:, index],
         )

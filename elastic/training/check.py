@@ -10,13 +10,11 @@ from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
-from elastic.members.architecture import Architecture, Space
-from elastic.members.cost import parameters
-from elastic.members.search import check_reachable, targets_of
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config
 from elastic.parent.weights import locate, open_weights
-from elastic.routing.curriculum import check_budgets, plan
+from elastic.routing.curriculum import plan
+from elastic.routing.sizes import Sizes, check_sizes
 from elastic.teacher import check_teacher
 from elastic.training.run_dir import check_run_dir
 from elastic.training.setup import Setup
@@ -35,9 +33,9 @@ def check(config: RunConfig, place: Place) -> Setup:
     check_run_dir(config, first=place.rank == 0)
     stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
     if config.parent.path is not None and config.parent.shape is not None:
-        check_sizes(config, config.parent.shape)  # before a download of hours
+        _sizes(config, config.parent.shape)  # before a download of hours
     source, parent_config, shape = find_parent(config)
-    space, targets = check_sizes(config, shape)
+    sizes = _sizes(config, shape)
     check_objective(config.objective, shape.vocab_size)
     device = find_device(config.trainer)
     check_zero(config.trainer, device)
@@ -48,7 +46,17 @@ def check(config: RunConfig, place: Place) -> Setup:
     check_vocabulary(data.tokenizer, shape.vocab_size)
     base_config = stock_base(data.tokenizer, parent_config)
     setup = Setup(
-        config, place, stages, source, shape, space, targets, data, base_config, device, kernels
+        config,
+        place,
+        stages,
+        source,
+        shape,
+        sizes.space,
+        sizes.targets,
+        data,
+        base_config,
+        device,
+        kernels,
     )
     for stage in stages:  # every sequence length must fit into the text, the calibration's too
         stage_text(setup, stage, 0)
@@ -79,13 +87,7 @@ def find_parent(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None, 
     return source, read_config(source), shape
 
 
-def check_sizes(config: RunConfig, shape: ParentShape) -> tuple[Space, dict[str, int]]:
-    """The space, and targets largest first; every budget must be reachable."""
-    space = Space.build(config.space, shape)
-    targets = targets_of(config.budgets, shape)
-    full = parameters(shape, Architecture.full(shape))
-    in_place = config.objective.teacher == "in_place"
-    check_budgets(config.curriculum.stages, targets, full, in_place)
-    limits = config.space.tolerance, config.space.nested
-    check_reachable(space, targets, config.importance, *limits)
-    return space, targets
+def _sizes(config: RunConfig, shape: ParentShape) -> Sizes:
+    """The space, and targets that are all reachable."""
+    parts = config.space, config.budgets, config.importance, config.curriculum.stages
+    return check_sizes(shape, *parts, in_place=config.objective.teacher == "in_place")

@@ -14,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from elastic.cluster.lock import RunLock
-from elastic.cluster.place import find_device, find_place, first_alone, launched
+from elastic.cluster.place import find_device, find_place, first_alone
 from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import StopSignals
+from elastic.cluster.start import check_started, launched
 from elastic.cluster.watchdog import Watchdog
-from elastic.config import ConfigError, RunConfig, parse
+from elastic.config import RunConfig, parse
 from elastic.console import clear_of_bars, say
 from elastic.training.module import TrainingDiverged
 from elastic.training.resume import CheckpointFailed
@@ -31,15 +32,14 @@ def launch(config: RunConfig) -> Path:
     """Run with as many processes as the settings ask for; returns the elastic checkpoint.
 
     srun and torchrun have started them already; on a single machine they are started here.
+
+    Raises:
+        ConfigError: several machines, and no launcher.
     """
     trainer = config.trainer
+    check_started(trainer)
     if trainer.world_size == 1 or launched():
         return _run(config)
-    if trainer.num_nodes > 1:
-        raise ConfigError(
-            f"trainer.num_nodes={trainer.num_nodes}: no launcher has started processes on the "
-            "other nodes; use sbatch slurm/train.sbatch or torchrun, or set trainer.num_nodes=1"
-        )
     with _others(config):
         return _run(config)
 

@@ -11,7 +11,7 @@ from elastic.config import KINDS, ParentShape, RunConfig
 from elastic.console import short, table
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
-from elastic.members.search import targets_of
+from elastic.members.targets import targets_of
 from elastic.parent.stock import read_config, read_shape
 from elastic.routing.curriculum import Stage, budget_probabilities, plan
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from elastic.config import BENCHES, EvaluateConfig, ExtractConfig, RunConfig, parse
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.search import check_reachable, targets_of
+from elastic.members.targets import check_reachable, targets_of
 
 GROUPS = sorted(
     (path.parent.name, path.stem)
@@ -137,3 +137,18 @@ def test_every_line_of_the_published_experiments_has_its_source(name: str, group
     lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
     plain = [x for x in lines if ":" in x and "#" not in x and not x.rstrip().endswith(":")]
     assert not plain
+
+
+@pytest.mark.parametrize(("devices", "nodes"), [(1, 1), (2, 1), (8, 1), (8, 2), (8, 4), (8, 8)])
+def test_the_medium_experiment_runs_on_up_to_64_gpus(devices: int, nodes: int) -> None:
+    """What the examples for GPUs and clusters name; the tiny batch is too small for them."""
+    place = [f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
+    config = settings(Path("unused"), "experiment=medium", *place)
+    assert config.trainer.world_size == devices * nodes and config.trainer.accelerator == "gpu"
+    check_reachable(
+        Space.build(config.space, config.parent.shape),  # type: ignore[arg-type]
+        targets_of(config.budgets, config.parent.shape),  # type: ignore[arg-type]
+        config.importance,
+        config.space.tolerance,
+        config.space.nested,
+    )

@@ -9,7 +9,13 @@ from helpers.strategies import NANO_12B, tiny_shape
 from elastic.config import BudgetConfig, ConfigError, ImportanceConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.search import Search, check_reachable, target_params, targets_of
+from elastic.members.search import Search
+from elastic.members.targets import (
+    check_reachable,
+    stand_in_drop_order,
+    target_params,
+    targets_of,
+)
 
 # Before the ranking is known
 
@@ -109,3 +115,34 @@ def test_a_target_above_the_parent_is_refused() -> None:
 def test_equal_targets_are_refused(other: float) -> None:
     with pytest.raises(ConfigError, match="budgets: targets must differ, got"):
         targets_of(budgets(one=1.0, two=other), SHAPE)
+
+
+# The order that stands in
+
+
+def test_kinds_are_dropped_in_turns_and_only_where_allowed() -> None:
+    space = space_of(depth=[5, 4, 3])
+    assert [SHAPE.kinds[layer] for layer in stand_in_drop_order(space, importance())] == [
+        "mlp",
+        "mamba",
+    ]
+    free = importance(drop_attention=True, drop_ends=True)
+    assert sorted(
+        SHAPE.kinds[layer] for layer in stand_in_drop_order(space_of(depth=[5, 2]), free)
+    ) == [
+        "attention",
+        "mamba",
+        "mlp",
+    ]
+
+
+def test_the_check_returns_an_order_that_reaches_the_targets() -> None:
+    """Kinds in turns where that does, else another."""
+    space = Space.build(SpaceConfig(depth=[8, 5]), SIDES)
+    usual = stand_in_drop_order(space, importance())
+    full = Architecture.full(SIDES)
+    for dropped in (usual, (1, 3, 5), (2, 4, 6)):
+        target = parameters(SIDES, full.without(set(dropped)))
+        order = check_reachable(space, {"small": target}, importance(), 1e-6, True)
+        assert parameters(SIDES, full.without(set(order))) == target
+        assert (order == usual) == (dropped == usual)

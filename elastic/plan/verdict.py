@@ -1,0 +1,102 @@
+"""Whether a run fits, with the smallest change where it does not, what it takes, and the command
+that starts it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from elastic.cluster.start import start_command
+from elastic.config import PlanConfig
+from elastic.plan.fit import Fitter
+from elastic.plan.memory import on_gpu, ranking_memory
+from elastic.plan.training import training
+
+SHORTEST = 256
+"""Tokens of a calibration sequence below which no plan goes."""
+
+
+def verdict(fitter: Fitter, memory: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """As JSON; `memory` is that of `strategies.memory`, `settings` are those of the command line.
+
+    Days, hours, cost and command are those of the run with the changes, where some make it fit;
+    there is no command where none does.
+    """
+    config, row = fitter.config, memory["configured"]
+    ranks = memory["ranking_bytes"] <= fitter.limit
+    fits = bool(row.get("fits")) and ranks
+    changes: list[str] | None = []
+    setup = fitter.configured
+    if not row.get("fits"):
+        found = fitter.smallest_change(setup)
+        setup, changes = found or (setup, None)
+    ranking = _ranking_change(fitter)
+    changes = None if changes is None or ranking is None else [*changes, *ranking]
+    if changes:
+        config = fitter.settings(setup)
+    work = training(config, fitter.shape, fitter.members)
+    timed = on_gpu(config)
+    return {
+        "fits": fits,
+        "gpus": row["gpus"],
+        "peak_bytes": row.get("peak"),
+        "limit_bytes": fitter.limit,
+        "worst": row.get("worst"),
+        "short_of": _short_of(fitter, memory),
+        "change": None if fits else changes,
+        "launched_gpus": config.trainer.world_size,
+        "gpu_hours": work["gpu_hours"] if timed else None,
+        "days": work["days"] if timed else None,
+        "cost": work["cost"],
+        "flops": work["flops"],
+        "command": None if changes is None else _command(config, settings, changes),
+    }
+
+
+def _short_of(fitter: Fitter, memory: dict[str, Any]) -> list[str]:
+    """Which memory does not suffice: of the `device`, of the `host`, or of the device that
+    `ranking` runs on."""
+    row, short = memory["configured"], []
+    if "peak" in row and row["peak"] > fitter.limit:
+        short.append("device")
+    if "host" in row and max(row["host"].values()) > fitter.node_limit:
+        short.append("host")
+    if memory["ranking_bytes"] > fitter.limit:
+        short.append("ranking")
+    return short
+
+
+def _ranking_change(fitter: Fitter) -> list[str] | None:
+    """Settings with which ranking fits: smaller passes, then shorter sequences; [] if it does, None
+    if nothing helps."""
+    config = fitter.config
+    settings = config.importance
+    tries = [(settings.batch_size, settings.sequence_length), (1, settings.sequence_length)]
+    while tries[-1][1] // 2 >= SHORTEST:
+        tries.append((1, tries[-1][1] // 2))
+    for batch, length in tries:
+        tried = replace(settings, batch_size=batch, sequence_length=length)
+        needed = ranking_memory(replace(config, importance=tried), fitter.shape)
+        if needed <= fitter.limit:
+            changed = {"batch_size": batch, "sequence_length": length}
+            return [
+                f"importance.{name}={value}"
+                for name, value in changed.items()
+                if value != getattr(settings, name)
+            ]
+    return None
+
+
+def _command(config: PlanConfig, settings: Sequence[str], changes: Sequence[str]) -> str:
+    """The line that starts the run with the changes; `config` has them already."""
+    added = [change for change in changes if "=" in change]
+    if len(added) < len(changes):  # more GPUs
+        trainer = config.trainer
+        added += [f"trainer.num_nodes={trainer.num_nodes}", f"trainer.devices={trainer.devices}"]
+    replaced = {change.split("=")[0] for change in added}
+    kept = [
+        setting
+        for setting in settings
+        if setting.split("=")[0] not in {*replaced, "json", "+json"}
+        and not setting.lstrip("+~").startswith("plan.")
+    ]
+    return start_command(config.trainer, [*kept, *added])
