@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
@@ -44,16 +45,16 @@ def test_a_launcher_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         check_started(trainer(8, 2))
 
 
-def test_a_run_of_several_nodes_without_a_launcher_says_what_to_run() -> None:
+def test_a_run_of_several_nodes_without_a_launcher_says_what_to_run(tmp_path: Path) -> None:
     """One line, before torch is there and before anything is written."""
     command = [sys.executable, "-X", "importtime", "train.py", "experiment=nano_v2_12b"]
-    given = ["data.path=corpus/*.parquet", "trainer.num_nodes=4"]
+    given = ["data.path=corpus/*.parquet", f"run_dir={tmp_path}/run", "trainer.num_nodes=4"]
     done = subprocess.run([*command, *given], capture_output=True, text=True, cwd=ROOT, check=False)
     imported = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     said = [line for line in done.stderr.splitlines() if line not in imported]
     assert done.returncode == 2 and len(said) == 1
     assert not any(line.endswith(" torch") for line in imported)
-    settings = "experiment=nano_v2_12b 'data.path=corpus/*.parquet'"
+    settings = f"experiment=nano_v2_12b 'data.path=corpus/*.parquet' run_dir={tmp_path}/run"
     for line in (
         f"sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 slurm/train.sbatch {settings}`",
         "torchrun --nnodes=4 --nproc-per-node=8 ",
@@ -61,4 +62,4 @@ def test_a_run_of_several_nodes_without_a_launcher_says_what_to_run() -> None:
         "trainer.num_nodes=1",
     ):
         assert line in said[0]
-    assert not (ROOT / "runs" / "nano_v2_12b").exists()
+    assert list(tmp_path.iterdir()) == []
