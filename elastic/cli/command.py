@@ -39,8 +39,8 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
 
     Exit code 2 and one line for anything the user can mend; HYDRA_FULL_ERROR=1 shows the traceback
     instead. Under --multirun each job gets a run directory of its own. Exit code 1 and one line for
-    a disk, a training or a job of Slurm (hydra/launcher=slurm) that has failed. 141, and no line,
-    when the reader of standard output has left: `elastic train --cfg job | head`.
+    a disk, a training or a job of Slurm (hydra/launcher=slurm) that has failed. 130 at Ctrl-C. 141,
+    and no line, when the reader of standard output has left: `elastic train --cfg job | head`.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing them
@@ -75,6 +75,11 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
                 raise
             print(f"error: {' '.join(str(error).split())[:500]}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:  # Ctrl-C; a run's own steps have saved and said so
+            if show_traceback:
+                raise
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
     with quiet_pipe(), one_line():
         sys.argv[1:] = arranged(sys.argv[1:])

@@ -53,9 +53,10 @@ class StopSignals(Callback):
     callbacks, since Lightning puts a handler of its own in front of ours in every fit. That one
     starts a broadcast from inside the handler, which no other process takes part in.
 
-    While `held`, a signal waits in `requested` for the end of the step (a second Ctrl-C or SIGTERM
-    does not wait). Else it raises SystemExit with its exit code: the last checkpoint is all there
-    is to go on from. Once the run has `ended` it changes nothing.
+    While `held`, a signal waits in `requested` for the end of the step; a second Ctrl-C does not
+    wait, whatever came before, nor does a second SIGTERM. Else it raises SystemExit with its exit
+    code: the last checkpoint is all there is to go on from. Once the run has `ended` it changes
+    nothing.
 
     Native code that calls Python may turn that exception into one of its own, or drop it: `kept`
     turns it back, and what was dropped still waits in `requested`.
@@ -65,6 +66,7 @@ class StopSignals(Callback):
         self.requested: signal.Signals | None = None
         self.held = False
         self.ended = False
+        self._interrupted = False
         self._raised: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -106,8 +108,9 @@ class StopSignals(Callback):
         if self.ended:
             return
         received = signal.Signals(number)
-        again = self.requested == received != signal.SIGUSR1
+        again = self.requested == received == signal.SIGTERM
         if received == signal.SIGINT:
+            again, self._interrupted = self._interrupted, True
             _acknowledge(self.held and not again)
         self.requested = self.requested or received
         if not self.held or again:

@@ -1,8 +1,9 @@
-"""Config -> the processes of a run. `python -m elastic.training.launch` is one of them."""
+"""Config -> the processes of a run."""
 
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from elastic.cluster.lock import RunLock
 from elastic.cluster.place import find_device, find_place, first_alone
 from elastic.cluster.rendezvous import joined
-from elastic.cluster.signals import StopSignals
+from elastic.cluster.signals import EXIT_CODES, AgreedExit, StopSignals
 from elastic.cluster.start import check_started, launched
 from elastic.cluster.watchdog import Watchdog
 from elastic.config import RunConfig, parse
@@ -81,7 +82,7 @@ def _others(config: RunConfig) -> Iterator[None]:
     children = []
     for rank in range(1, world_size):
         child = subprocess.Popen(
-            [sys.executable, "-m", "elastic.training.launch"],
+            [sys.executable, "-c", CHILD],
             env={**os.environ, **numbered(rank)},
             stdin=subprocess.PIPE,
             text=True,
@@ -96,44 +97,67 @@ def _others(config: RunConfig) -> Iterator[None]:
     threading.Thread(target=_watch, args=(children, ended), daemon=True).start()
     try:
         yield
+    except AgreedExit:
+        raise
+    except SystemExit as left:
+        if left.code in INTERRUPTED:  # by `kill`, perhaps, of which the others do not know
+            for child in children:
+                child.send_signal(signal.SIGINT)
+        raise
     finally:
         ended.set()
         for name in numbered(0):  # the next run of a sweep starts processes of its own
             os.environ.pop(name, None)
         os.environ.update(before)
         deadline = time.monotonic() + GRACE
-        for child in children:
-            try:
+        try:
+            for child in children:
                 child.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for child in children:
                 child.kill()
 
 
+CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+from elastic.training.launch import main
+main()
+"""
+"""Another process of a run. Ctrl-C reaches all of a terminal: while this one imports, it goes
+without a word."""
+
 GRACE = 20.0
 """Seconds that the processes of a machine have to leave one after another."""
+
+INTERRUPTED = (-signal.SIGINT, EXIT_CODES[signal.SIGINT])
+"""Exit codes of a process that Ctrl-C has ended."""
 
 
 def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
     """Take this process down when another one of the machine has died.
 
-    The watchdog is quicker and sees other machines too, once all processes have met.
+    The watchdog is quicker and sees other machines too, once all processes have met. Ctrl-C reaches
+    this process as well, but only when what it waits for has come.
     """
     while not ended.wait(0.5):
         for rank, child in enumerate(children, start=1):
             code = child.poll()
             if not code:
                 continue
-            if ended.wait(GRACE if code > 0 else 1.0):
+            interrupted = code in INTERRUPTED
+            if ended.wait(GRACE if code > 0 and not interrupted else 1.0):
                 return  # it was the first to leave, and we are leaving too
             how = f"exit code {code}" if code > 0 else f"signal {-code}"
-            say(
-                f"error: process {rank} of {len(children) + 1} died ({how}); stopping the others. "
-                "The same command goes on from the last checkpoint",
-                sys.stderr,
-            )
+            line = f"error: process {rank} of {len(children) + 1} died ({how}); stopping the others"
+            if interrupted:
+                line = "interrupted"
+            say(f"{line}. The same command goes on from the last checkpoint", sys.stderr)
             for other in children:
                 other.kill()
-            os._exit(1)
+            os._exit(EXIT_CODES[signal.SIGINT] if interrupted else 1)
 
 
 def main() -> None:
@@ -144,7 +168,3 @@ def main() -> None:
         _run(parse(json.load(sys.stdin), RunConfig))
     except (CheckpointFailed, TrainingDiverged):
         sys.exit(1)  # on all processes alike; rank 0 reports it
-
-
-if __name__ == "__main__":
-    main()

@@ -258,6 +258,18 @@ def test_the_first_signal_is_remembered() -> None:
         assert signals.requested is signal.SIGUSR1
 
 
+@pytest.mark.parametrize("first", CODES, ids=lambda number: number.name)
+def test_a_second_ctrl_c_leaves_whatever_was_asked_before(first: signal.Signals) -> None:
+    with StopSignals() as signals:
+        signals.held = True
+        signal.raise_signal(first)
+        if first != signal.SIGINT:
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(SystemExit) as left:
+            signal.raise_signal(signal.SIGINT)
+        assert left.value.code == 130 and signals.requested is first
+
+
 def test_handlers_of_a_fit_do_not_stay(tmp_path: Path) -> None:
     """Lightning puts back what was there before it, which is ours."""
     with StopSignals() as signals:

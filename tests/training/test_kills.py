@@ -15,6 +15,7 @@ import pytest
 from helpers.kills import ENVIRONMENT, ROOT, Harness, Starter, kill_often, overrides, starter
 from helpers.run_differences import differences, losses_apart, weights_apart
 
+PRETRAIN = "00-pretrain-000000003"
 SOFT, SLICED, END = "01-short-000000003", "01-short-000000009", "01-short-000000010"
 """Checkpoints: before the freeze, after it, and at a stage's end."""
 
@@ -59,7 +60,12 @@ def test_many_kills_change_nothing(strategy: str, kills: int, tmp_path: Path) ->
 def test_signals_change_no_bit_either(harness: Harness) -> None:
     """They leave a checkpoint of their own at whatever step it is, also between two logged rows;
     the run ends the same, but for which checkpoints it still has."""
-    for number, code, checkpoint in ((signal.SIGTERM, 143, SOFT), (signal.SIGUSR1, 75, SLICED)):
+    asked = (
+        (signal.SIGINT, 130, PRETRAIN),
+        (signal.SIGTERM, 143, SOFT),
+        (signal.SIGUSR1, 75, SLICED),
+    )
+    for number, code, checkpoint in asked:
         life = harness.reach(checkpoint)
         os.kill(life.pid, number)
         assert life.wait() == code
@@ -111,7 +117,7 @@ def test_a_run_moves_between_strategies(harness: Harness, lives: list[tuple[str,
 def test_a_full_disk_stops_a_run_cleanly(harness: Harness) -> None:
     """From outside, a limit on the size of files: no other checkpoint can be written. One line,
     exit code 1, the one before is whole; once there is room the same command ends bit for bit."""
-    life = harness.reach("00-pretrain-000000003")
+    life = harness.reach(PRETRAIN)
     said = len(harness.output())
     limit = resource.prlimit(life.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (300_000, limit[1]))
