@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
+from helpers.waiting import LIMIT
 from hydra import compose, initialize_config_dir
 
 from elastic.cli.command import CONF
@@ -165,7 +166,7 @@ def sweep(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         check=False,
     )
 

@@ -80,6 +80,7 @@ class Watchdog:
         self._deadline = float("inf")
         self._introduced = 0
         self._in_peace = False
+        self._heard_of_failure = threading.Event()
         self._rope: socket.socket | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -120,7 +121,7 @@ class Watchdog:
         signalled = set(EXIT_CODES.values())
         code = error.code if isinstance(error, SystemExit) else None
         if code not in signalled and self._deadline == float("inf"):
-            self._thread.join(MOMENT)  # it may be about to learn who is behind this error
+            self._heard_of_failure.wait(MOMENT)  # who is behind this error, perhaps
         if code not in signalled and self._code in signalled:  # it is not our error
             log.info("%s; leaving too", self._cause)
             self._deadline = time.monotonic() + self.patience
@@ -222,6 +223,7 @@ class Watchdog:
             if not self._cause:
                 self._code, self._cause = said
                 self._deadline = time.monotonic() + self.grace
+                self._heard_of_failure.set()
                 if self.place.rank == 0:  # only we hear them all
                     self._tell([word, *said])
         elif word == "lost":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import CONF
+from helpers.waiting import LIMIT
 from hydra import compose, initialize_config_dir
 
 from elastic.bench import cutting, extract, scan, step
@@ -172,7 +173,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "elastic.bench", *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.paths import ROOT
+from helpers.waiting import LIMIT
 from safetensors.torch import load_file
 
 
@@ -18,7 +19,7 @@ def train(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
         [sys.executable, str(ROOT / "train.py"), *overrides],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.waiting import LIMIT
 
 from elastic.cluster.lock import LOCK, RunLock
 from elastic.config import ConfigError
@@ -189,7 +190,7 @@ def test_a_requeued_job_waits_for_its_earlier_life(
     pid = hold(tmp_path, started, SLURM_JOB_ID="7")
     requeued(monkeypatch, "7", "1")
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
-    with RunLock(tmp_path, patience=10.0):
+    with RunLock(tmp_path, patience=LIMIT):
         pass
 
 
@@ -204,7 +205,7 @@ def test_other_jobs_do_not_wait(
     hold(tmp_path, started, SLURM_JOB_ID="7")
     requeued(monkeypatch, job, restarts)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
-    with pytest.raises(ConfigError), RunLock(tmp_path, patience=10.0):
+    with pytest.raises(ConfigError), RunLock(tmp_path, patience=LIMIT):
         pass
 
 

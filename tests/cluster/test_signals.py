@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.cluster_processes import processes
+from helpers.waiting import LIMIT
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from elastic.cluster.place import Given, Place, wait_for_all
@@ -51,7 +52,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     how:
       forever  3,000 steps
-      slow     and saving takes a while
+      slow     and saving takes a while; never: for ever
       before   waits before the fit
       odd      rank 1 receives SIGUSR1 in the first pass of a step, its 21st
       last     three steps, and rank 0 receives SIGUSR1 when they are done
@@ -60,7 +61,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     def save(trainer: L.Trainer, module: Tiny) -> None:
         tell(f"saving {module.passes}")
-        time.sleep(2 if how == "slow" else 0)
+        time.sleep({"slow": 2.0, "never": 2 * LIMIT}.get(how, 0.0))
         wait_for_all()
         tell("saved")
 
@@ -74,7 +75,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
     with StopSignals() as signals, joined(place, CPU, "test"):
         if how == "before":
             tell("before")
-            time.sleep(30)
+            time.sleep(2 * LIMIT)
         strategy: Any = SingleDeviceStrategy(CPU)
         if count > 1:
             strategy = DDPStrategy(cluster_environment=Given(place))
@@ -109,7 +110,7 @@ def test_all_processes_save_at_the_same_step_and_leave_with_one_code(
     with processes(tmp_path, fit, count, "forever") as run:
         run.wait_until("training")
         time.sleep(0.1)
-        run.signal(count - 1, number)
+        run.send(count - 1, number)
         assert run.codes() == [CODES[number]] * count
         told = run.told(0)
         assert told == ["training", told[1], "saved", f"AgreedExit {CODES[number]}"]
@@ -126,25 +127,28 @@ def test_the_step_that_has_begun_is_finished_first(tmp_path: Path) -> None:
             assert run.told(rank) == ["training", "saving 22", "saved", "AgreedExit 75"]
 
 
-def test_a_second_sigterm_does_not_wait_for_the_checkpoint(tmp_path: Path) -> None:
-    with processes(tmp_path, fit, 1, "slow") as run:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_request_does_not_wait_for_the_checkpoint(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    with processes(tmp_path, fit, 1, "never") as run:
         run.wait_until("training")
-        run.signal(0, signal.SIGTERM)
+        run.send(0, number)
         while not any(line.startswith("saving") for line in run.told(0)):
             time.sleep(0.01)
-        run.signal(0, signal.SIGTERM)
-        assert run.codes(within=1.5) == [143]
-        assert run.told(0)[-1] == "SystemExit 143" and "saved" not in run.told(0)
+        run.send(0, number)
+        assert run.codes() == [CODES[number]]
+        assert run.told(0)[-1] == f"SystemExit {CODES[number]}" and "saved" not in run.told(0)
 
 
 def test_sigterm_lets_a_checkpoint_that_sigusr1_asked_for_be_finished(tmp_path: Path) -> None:
     """Slurm sends both, one after the other."""
     with processes(tmp_path, fit, 1, "slow") as run:
         run.wait_until("training")
-        run.signal(0, signal.SIGUSR1)
+        run.send(0, signal.SIGUSR1)
         while not any(line.startswith("saving") for line in run.told(0)):
             time.sleep(0.01)
-        run.signal(0, signal.SIGTERM)
+        run.send(0, signal.SIGTERM)
         assert run.codes() == [75]
         assert run.told(0)[-2:] == ["saved", "AgreedExit 75"]
 
@@ -153,8 +157,8 @@ def test_sigterm_lets_a_checkpoint_that_sigusr1_asked_for_be_finished(tmp_path: 
 def test_outside_a_fit_a_run_leaves_at_once(number: signal.Signals, tmp_path: Path) -> None:
     with processes(tmp_path, fit, 1, "before") as run:
         run.wait_until("before")
-        run.signal(0, number)
-        assert run.codes(within=5) == [CODES[number]]
+        run.send(0, number)
+        assert run.codes() == [CODES[number]]
         assert run.told(0) == ["before"]
 
 

@@ -3,6 +3,7 @@
 In `make test` the settings of all are checked; `make test-long` runs them.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from helpers.forked import Forked
 from helpers.shown import Shown, everywhere, look_at, ours, pages, shown
 from hydra.errors import HydraException
 
+from elastic.cli.commands import NAMES
 from elastic.config import ConfigError
 
 COMMANDS = everywhere()
@@ -199,7 +201,9 @@ def test_blocks_and_directives_are_read(tmp_path: Path) -> None:
 
 def test_no_command_hides_in_an_indented_block() -> None:
     """Where it would not be tried."""
-    starts = tuple(f"    {word} " for word in ("python", "elastic", "make", "sbatch", "torchrun"))
+    programs = ("python", "make", "sbatch", "torchrun", *(f"elastic {name}" for name in NAMES))
+    starts = tuple(f"    {program} " for program in programs)
     for path in pages():
-        hidden = [line for line in path.read_text().splitlines() if line.startswith(starts)]
+        outside = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        hidden = [line for line in outside.splitlines() if line.startswith(starts)]
         assert not hidden, f"{path.name}: {hidden}"

@@ -4,12 +4,15 @@ Lightning already, so that a process costs milliseconds and not seconds."""
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from helpers.waiting import LIMIT, until
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["elastic.cluster.signals", "elastic.cluster.watchdog", "pytest"])
@@ -44,22 +47,51 @@ class Processes:
 
     def wait_until(self, line: str, *ranks: int) -> None:
         """Return once these processes, else all, have told a line."""
-        deadline = time.monotonic() + 60
-        while not all(line in self.told(rank) for rank in ranks or range(len(self.all))):
-            assert time.monotonic() < deadline, [self.told(rank) for rank in range(len(self.all))]
-            time.sleep(0.01)
+        until(
+            lambda: all(line in self.told(rank) for rank in ranks or range(len(self.all))),
+            lambda: [(self.told(rank), self.errors(rank)) for rank in range(len(self.all))],
+        )
 
-    def signal(self, rank: int, number: int) -> None:
+    def allow(self, what: str) -> None:
+        """Let the processes that wait in `allowed` go on."""
+        (self.directory / f"{what}.allowed").touch()
+
+    def send(self, rank: int, number: int) -> None:
+        """A signal; returns when the kernel has handed it over."""
         pid = self.all[rank].pid
         assert pid is not None
         os.kill(pid, number)
+        until(lambda: not _pending(pid, number))
 
-    def codes(self, *ranks: int, within: float = 60) -> list[int | None]:
+    def freeze(self, pid: int | None) -> None:
+        """SIGSTOP; returns when the process does nothing more."""
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: state(pid) == "T")
+
+    def codes(self, *ranks: int) -> list[int | None]:
         """Exit codes of these processes, else of all, once they have left."""
-        deadline = time.monotonic() + within
         for rank in ranks or range(len(self.all)):
-            self.all[rank].join(max(0, deadline - time.monotonic()))
+            self.all[rank].join(LIMIT)
         return [self.all[rank].exitcode for rank in ranks or range(len(self.all))]
+
+
+def state(pid: int) -> str:
+    """What the kernel says of a process: T for a frozen one, Z or nothing for a dead one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_allowed(what: str) -> bool:
+    """In one of the processes: whether `Processes.allow` has been called."""
+    return (Path(os.environ["TOLD"]) / f"{what}.allowed").exists()
+
+
+def wait_until_allowed(what: str) -> None:
+    """In one of the processes: what is never allowed is waited for until somebody ends it."""
+    until(lambda: is_allowed(what))
 
 
 @contextmanager
@@ -77,7 +109,7 @@ def processes(directory: Path, body: Body, count: int, *arguments: object) -> It
 def _begin(
     body: Body, directory: Path, rank: int, count: int, port: int, *arguments: object
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TOLD": str(directory)}
     error = os.open(directory / f"{rank}.err", os.O_WRONLY | os.O_CREAT)
     os.dup2(error, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
@@ -88,3 +120,13 @@ def _begin(
             file.write(line + "\n")
 
     body(rank, count, tell, *arguments)
+
+
+def _pending(pid: int, number: int) -> bool:
+    """Whether a process has not received a signal yet that was sent to it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    waiting = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+    return waiting is not None and bool(int(waiting[1], 16) & 1 << number - 1)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from helpers.waiting import LIMIT, until
 
 from elastic.storage.ahead import ahead
 
@@ -42,7 +43,8 @@ def test_the_next_items_are_made_while_one_is_in_use_and_no_more_than_those() ->
 
     iterator = ahead(items())
     assert next(iterator) == 0
-    time.sleep(0.2)
+    until(lambda: len(made) == 4)
+    time.sleep(0.2)  # in which more would be made, if any were
     assert made == [0, 1, 2, 3], "one taken, two waiting, one in hand"
     assert list(iterator) == list(range(1, 20))
 
@@ -61,4 +63,4 @@ def test_an_iterator_that_is_left_ends_its_thread() -> None:
     next(iterator)
     assert threads() == 1
     iterator.close()  # type: ignore[attr-defined]
-    assert closed.wait(1) and threads() == 0
+    assert closed.wait(LIMIT) and threads() == 0

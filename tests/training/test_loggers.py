@@ -241,7 +241,7 @@ def test_wandb_offline_keeps_settings_and_metrics_in_the_run_directory(tmp_path:
     run_dir.mkdir(parents=True)
     asked = ["logger=wandb", "logger.project=families", "logger.group=tests", "name=tried"]
     command = [sys.executable, "-c", RUN, str(run_dir), str(TESTS), *asked]
-    subprocess.run(command, check=True, env=quiet(), cwd=tmp_path, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, env=quiet(), cwd=tmp_path, capture_output=True)
     assert [row["short/loss"] for row in read(run_dir / "metrics.csv")] == ["0.5", "1.0"]
     (store,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, object] = {}

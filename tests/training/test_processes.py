@@ -15,6 +15,7 @@ import torch
 from helpers.paths import ROOT
 from helpers.rank import spoiled
 from helpers.runs import small_settings
+from helpers.waiting import LIMIT
 from safetensors.torch import load_file
 
 from elastic.config import RunConfig
@@ -106,7 +107,7 @@ def two_processes(config: RunConfig, draws: Path) -> None:
         process.stdin = None
         processes.append(process)
     try:
-        output = [process.communicate(timeout=240)[0] for process in processes]
+        output = [process.communicate(timeout=LIMIT)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

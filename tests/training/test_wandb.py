@@ -21,6 +21,7 @@ from typing import cast
 import pytest
 from helpers.cluster_processes import processes
 from helpers.runs import settings
+from helpers.waiting import LIMIT
 from lightning.pytorch.loggers import WandbLogger
 
 from elastic.training import loggers
@@ -77,12 +78,12 @@ def test_a_wandb_that_takes_no_rows_stops_nobody(
 ) -> None:
     monkeypatch.setattr(loggers, "STALL_SECONDS", 0.1)
     stalled = threading.Event()
-    logger = over(Inner(lambda step: cast(None, stalled.wait(30))))
-    start = time.monotonic()
+    inner = Inner(lambda step: cast(None, stalled.wait(2 * LIMIT)))
+    logger = over(inner)
     for step in range(100):
         logger.log_metrics({"loss": 0.5}, step)
     logger.finalize("success")
-    assert time.monotonic() - start < 1
+    assert inner.steps == [], "training has ended while the first row still waits"
     (record,) = caplog.records
     assert record.getMessage().startswith("W&B took no row for 0.1 s: training goes on")
     stalled.set()
@@ -93,7 +94,7 @@ def test_rows_that_nobody_takes_do_not_fill_the_memory(
 ) -> None:
     monkeypatch.setattr(loggers, "ROWS_WAITING", 10)
     stalled = threading.Event()
-    logger = over(Inner(lambda step: cast(None, stalled.wait(30))))
+    logger = over(Inner(lambda step: cast(None, stalled.wait(2 * LIMIT))))
     for step in range(100):
         logger.log_metrics({"loss": 0.5}, step)
     assert logger.lost and len(caplog.records) == 1
@@ -122,9 +123,8 @@ def trouble(
     loggers.START_SECONDS, loggers.FINISH_SECONDS, loggers.STALL_SECONDS = 1.0, 1.0, 1.0
     run_dir = Path(environment["RUN_DIR"])
     os.chdir(run_dir)
-    start = time.monotonic()
     both = build_loggers(settings(run_dir, "logger=wandb"), run_dir)
-    tell(f"started after {time.monotonic() - start}")
+    tell("started")
 
     def log(steps: range) -> None:
         for step in steps:
@@ -140,9 +140,7 @@ def trouble(
             time.sleep(0.01)
     elif how != "fine":
         os.kill(service(), signal.Signals[how])
-    start = time.monotonic()
     log(range(1, 300))
-    assert time.monotonic() - start < 5, time.monotonic() - start
     for logger in both:
         logger.finalize("success")
     atexit._run_exitfuncs()  # W&B's too, as at the end of an ordinary process

@@ -15,6 +15,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.runs import settings
 from helpers.teacher_caches import Case
+from helpers.waiting import LIMIT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -104,7 +105,7 @@ def test_a_killed_command_goes_on_where_it_was(case: Case, make: Callable[..., C
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while len(list(mine.cache.rglob("*.safetensors"))) < 3 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
