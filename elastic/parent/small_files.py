@@ -46,7 +46,7 @@ def _copy(source: Path, target: Path) -> None:
         try:
             value = json.loads(source.read_text())
         except ValueError:
-            value = None  # then nobody can follow a reference in it either
+            value = None  # then no loader can follow a reference in it either
         if isinstance(value, dict) and "auto_map" in value:
             del value["auto_map"]
             write_json(target, value)

@@ -9,12 +9,12 @@ from elastic.teacher.streamed import StreamedTeacher
 
 __all__ = [
     "CacheContents",
-    "OnlineTeacher",
     "CachedTeacher",
+    "OnlineTeacher",
     "StreamedTeacher",
     "Teacher",
     "build_teacher",
-    "check_teacher",
     "cache_contents",
+    "check_teacher",
     "documents_in",
 ]

@@ -112,7 +112,7 @@ class CachedTeacher(Teacher):
         return slots
 
     def _turn_to(self, epoch: int, windows: int) -> None:
-        """Know the order of a later epoch, and the place that each window has in the first."""
+        """Work out the order of a later epoch, and each window's place in the first."""
         seed = self.wanted.seed
         if self._epoch < 0:
             self._place = torch.empty(windows, dtype=torch.int64)

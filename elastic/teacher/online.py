@@ -17,18 +17,18 @@ def weight_dtype(precision: str) -> torch.dtype:
 
 
 class OnlineTeacher(Teacher):
-    """The parent as it is now, copied; what becomes of the original does not matter.
+    """A copy of the parent as it is now; later changes of the original do not reach it.
 
     In bfloat16 it is what a float32 copy is under autocast, at half the bytes: the matrices, which
     autocast would round for every product, are rounded once. Vectors and convolutions, A_log,
     dt_bias and D among them, stay in float32, and so does the residual stream: they are small, and
     the scan feeds them to an exponential. Only the embedding is rounded where autocast would not.
-    The precision around a call does not matter.
+    Autocast around a call changes nothing.
 
     Args:
         parent: unsorted, in float32, on the host.
         precision: as trainer.precision.
-        document_start: the token that begins a document which sees nothing of those before it.
+        document_start: the token that begins a document; nothing crosses from one to the next.
     """
 
     def __init__(self, parent: HybridParent, precision: str, document_start: int | None) -> None:

@@ -3,7 +3,7 @@
 The matrices of a block are one run of bytes, kept in host memory or in equal shares on all
 processes, and brought to one of two places on the device while the block before it computes. The
 embedding and the LM head share a third place: the one is read first, the other last. A device never
-holds more than that, and the vectors. torch's `fully_shard` would do for the shares, but wants a
+holds more than that, and the vectors. torch's `fully_shard` would do for the shares, but needs a
 process group even to keep weights on the host, and leaves embedding and head on every device
 between calls.
 """
@@ -22,7 +22,7 @@ from elastic.teacher.online import OnlineTeacher
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 256
-"""Bytes; GPU kernels want their operands to begin at a multiple."""
+"""Bytes; GPU kernels need operands that begin at a multiple."""
 
 
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -68,7 +68,7 @@ class PartitionedWeights:
 
 
 class Unit:
-    """Matrices that come and go together."""
+    """Matrices that are fetched and released together."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.weights, self.starts, size = weights, [], 0
@@ -91,7 +91,7 @@ class Unit:
         self.leave()
 
     def assign(self, place: Tensor) -> None:
-        """Where the weights will come to."""
+        """Set where on the device the weights are fetched to."""
         self.place = place
         self.views = [
             place[start : start + size].view(dtype).view(shape)
@@ -99,7 +99,7 @@ class Unit:
         ]
 
     def enter(self) -> None:
-        """Parameters are weights."""
+        """Let the parameters be the fetched weights."""
         for weight, view in zip(self.weights, self.views, strict=True):
             weight.data = view
 
@@ -110,7 +110,7 @@ class Unit:
 
 
 class Stream:
-    """Brings the matrices of a model to the device, unit by unit, as its forward pass goes on.
+    """Fetches the matrices of a model to the device, unit by unit, during its forward pass.
 
     Every process fetches the same units in the same order.
     """
@@ -150,7 +150,7 @@ class Stream:
         return self.places + sum(unit.store.held for unit in units)
 
     def _fetch(self, unit: Unit) -> None:
-        """Begin to bring a unit, once all that was queued on the device so far is done with its
+        """Begin to fetch a unit, once all that was queued on the device so far is done with its
         place."""
         if self.copies is None:
             unit.work = unit.store.fetch(unit.place)
@@ -161,7 +161,7 @@ class Stream:
             unit.work = self.copies.record_event() if work is None else work
 
     def _use(self, unit: Unit) -> None:
-        """Let what follows wait for the unit."""
+        """Make what follows wait for the unit."""
         if unit.work is not None:
             unit.work.wait()  # an event makes the stream wait, not the host
         unit.work = None
@@ -194,11 +194,11 @@ class Stream:
 
 
 class StreamedTeacher(OnlineTeacher):
-    """The parent in host memory of each process (`cpu_offload`), or shared out over the processes
-    (`zero3`), which must then all ask together.
+    """The parent in host memory of each process (`cpu_offload`), or partitioned over the processes
+    (`zero3`), which must then all call it together.
 
-    A call costs one pass of all matrices over the bus, or the network, so that it wants large
-    micro-batches.
+    A call moves all matrices over the bus, or the network, once, so that micro-batches should be
+    large.
     """
 
     def __init__(

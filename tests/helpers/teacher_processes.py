@@ -1,4 +1,4 @@
-"""Two processes that share a teacher; a file of its own, since each imports what it says here."""
+"""Two processes that share a teacher; a file of its own, which each of them imports."""
 
 import os
 from pathlib import Path
@@ -35,8 +35,8 @@ def same(one: Head, two: Head) -> bool:
 def loss(teacher: Teacher, student: HybridParent, batch: Tensor) -> float:
     """What a student would minimise."""
     head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
-    said = teacher.distributions(batch, "train", 0)
-    return float(token_terms(head, said, batch[:, 1:].flatten(), ObjectiveConfig())["total"])
+    output = teacher.distributions(batch, "train", 0)
+    return float(token_terms(head, output, batch[:, 1:].flatten(), ObjectiveConfig())["total"])
 
 
 def readable(model: HybridParent) -> set[str]:
@@ -46,8 +46,8 @@ def readable(model: HybridParent) -> set[str]:
     return {name for name in names if not any(word in name for word in stay)}
 
 
-def ask_together(rank: int, port: int, path: Path) -> None:
-    """One of two processes: what the teacher of every `*.case` says about text of its own."""
+def run_together(rank: int, port: int, path: Path) -> None:
+    """One of two processes: the output of every `*.case`'s teacher for text of its own."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -63,8 +63,8 @@ def ask_together(rank: int, port: int, path: Path) -> None:
             shares = sum(unit.store.held for unit in units)
             found["held"][case] = shares, sum(unit.size for unit in units)
             for number, batch in enumerate(batches[rank::2]):
-                said = plain.distributions(batch, "train", 0)
-                found["same"][case, number] = same(said, shared.distributions(batch, "train", 0))
+                output = plain.distributions(batch, "train", 0)
+                found["same"][case, number] = same(output, shared.distributions(batch, "train", 0))
                 found["after"][case, number] = readable(shared.model)
                 losses = [loss(teacher, student, batch) for teacher in (plain, shared)]
                 found["losses"][case, number] = losses

@@ -103,16 +103,16 @@ def test_gradients_are_finite_differences(top_k: int | None, divergence: str) ->
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("k", [1, 6, VOCABULARY])
-def test_a_stored_teacher_is_the_live_one_cut_to_k(k: int, divergence: str) -> None:
+def test_cached_top_k_is_the_online_teacher_cut_to_k(k: int, divergence: str) -> None:
     """In loss and gradients, with the teacher's hidden states gone."""
     config = objective("both", divergence=divergence, temperature=2.5, top_k=k, chunk_tokens=4)
     student, teacher = head(), teacher_head()
     stored = top_k_of(teacher, k, config.temperature, chunk=4)
-    live = token_terms(student, teacher, targets(), config)
+    online = token_terms(student, teacher, targets(), config)
     again = token_terms(student, stored, targets(), dataclasses.replace(config, top_k=None))
-    assert_equal_terms(again, live)
+    assert_equal_terms(again, online)
     torch.testing.assert_close(
-        gradients(again["total"], student), gradients(live["total"], student)
+        gradients(again["total"], student), gradients(online["total"], student)
     )
 
 
@@ -351,11 +351,12 @@ def poisoned(model: Head, counted: Tensor) -> Head:
     return x.requires_grad_(), model[1]
 
 
-@pytest.mark.parametrize("kind", ["live", "cut", "offline"])
+@pytest.mark.parametrize("kind", ["online", "cut", "offline"])
 def test_only_counted_tokens_are_computed(kind: str) -> None:
     """Means and gradients are those of a batch without the others, which may hold anything."""
     counted = torch.tensor([1, 2, 5, 8, 13, 21])
-    config = objective("both", temperature=2.5, chunk_tokens=4, top_k=None if kind == "live" else 6)
+    top_k = None if kind == "online" else 6
+    config = objective("both", temperature=2.5, chunk_tokens=4, top_k=top_k)
     student, teacher = poisoned(head(), counted), poisoned(teacher_head(), counted)
     text = torch.full_like(targets(), -100)
     text[counted] = targets()[counted]

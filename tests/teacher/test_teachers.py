@@ -1,4 +1,4 @@
-"""Live teachers: wherever the frozen parent's weights are, it says what the parent says.
+"""Online teachers: wherever the frozen parent's weights are, their distributions are the parent's.
 
 A whole copy on the device is the plain twin of the streamed ones, and the parent's own forward pass
 of that copy.
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from helpers.strategies import random_parent, random_tokens, tiny_shape
-from helpers.teacher_processes import CPU, ask_together, readable, same, teacher_of
+from helpers.teacher_processes import CPU, readable, run_together, same, teacher_of
 from torch import nn
 
 from elastic.config import ConfigError, ObjectiveConfig
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("start", [None, 3], ids=["one_document", "documents"])
-def test_a_replicated_teacher_says_what_its_parent_says(start: int | None) -> None:
+def test_a_replicated_teacher_has_the_logits_of_its_parent(start: int | None) -> None:
     parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape(), time=12)
     hidden, head = teacher_of("replicated", parent, start=start).distributions(batch, "train", 0)
     tokens = batch[:, :-1]
@@ -50,9 +50,9 @@ def test_what_becomes_of_the_parent_does_not_matter(where: str) -> None:
         for weight in parent.parameters():
             weight.add_(1.0)
     teacher.start(CPU, "short")
-    said = teacher.distributions(batch, "train", 0)
-    assert isinstance(said, tuple)
-    assert torch.equal(said[0] @ said[1].T, expected)
+    output = teacher.distributions(batch, "train", 0)
+    assert isinstance(output, tuple)
+    assert torch.equal(output[0] @ output[1].T, expected)
 
 
 @pytest.mark.parametrize("start", [None, 3], ids=["one_document", "documents"])
@@ -101,8 +101,8 @@ def test_an_offloaded_teacher_is_the_replicated_one(name: str, precision: str) -
     plain, streamed = (teacher_of(w, parent, precision, 3) for w in ("replicated", "cpu_offload"))
     for seed in range(3):
         batch = random_tokens(shape, seed=seed)
-        said = plain.distributions(batch, "train", 0)
-        assert same(said, streamed.distributions(batch, "train", 0))
+        output = plain.distributions(batch, "train", 0)
+        assert same(output, streamed.distributions(batch, "train", 0))
 
 
 def test_streamed_matrices_are_there_only_while_they_are_read() -> None:
@@ -137,13 +137,13 @@ def test_a_second_stage_starts_without_a_second_copy() -> None:
     parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape())
     teacher = teacher_of("cpu_offload", parent)
     stream = teacher.stream  # type: ignore[attr-defined]
-    said = teacher.distributions(batch, "train", 0)[0].clone()
+    output = teacher.distributions(batch, "train", 0)[0].clone()
     teacher.start(CPU, "long")
     assert teacher.stream is stream  # type: ignore[attr-defined]
-    assert torch.equal(said, teacher.distributions(batch, "validation", 0)[0])
+    assert torch.equal(output, teacher.distributions(batch, "validation", 0)[0])
 
 
-def test_one_process_has_nobody_to_share_with() -> None:
+def test_one_process_cannot_partition_a_teacher() -> None:
     with pytest.raises(ConfigError, match="zero3: must be replicated or cpu_offload") as caught:
         teacher_of("zero3", random_parent(tiny_shape()))
     assert "\n" not in str(caught.value)
@@ -162,12 +162,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
         parents = [random_parent(shape, seed) for seed in (0, 1)]
         batches = [random_tokens(shape, seed=seed) for seed in range(4)]
         torch.save((parents, batches), path / f"{name}.case")
-    torch.multiprocessing.spawn(ask_together, (port, path), nprocs=2)
+    torch.multiprocessing.spawn(run_together, (port, path), nprocs=2)
     yield [torch.load(path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def test_a_shared_teacher_is_the_replicated_one(together: list[dict]) -> None:
-    """To the bit, on both processes, though each asks about text of its own."""
+    """To the bit, on both processes, though each has text of its own."""
     for found in together:
         assert len(found["same"]) == 4 * len(SHAPES) and all(found["same"].values())
         for plain, shared in found["losses"].values():

@@ -16,7 +16,7 @@ from elastic.data.datamodule import permutation
 from elastic.routing.curriculum import Stage
 from elastic.storage.files import digest, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "cache.json"
 SAMPLES = 64
 """Pieces of a large file, or windows of a text, that stand for the whole of it."""
@@ -66,7 +66,7 @@ _WAYS = {
     "text": ("the text", "restore data.*, its files, or the versions of its libraries"),
     "seed": ("seed", "set that"),
 }
-"""Field -> its setting or name, and the way out; in the order in which they are checked."""
+"""Field -> its setting or name, and what to do; in the order in which they are checked."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class CacheIndex:
     log_probs: str
 
     def key(self, stage: str) -> str:
-        """What every file of a stage carries, so that no foreign one is taken for it."""
+        """Key in the header of every file of a stage, so that no file of another cache is read."""
         contents = asdict(self.contents)
         order = contents.pop("stages")[stage]["order"]
         return digest([FORMAT_VERSION, contents, order, self.shard_sequences, self.log_probs])
@@ -121,7 +121,7 @@ class CacheIndex:
     def require_same(self, directory: Path, wanted: CacheContents) -> None:
         """Raise ConfigError unless every stage is of the same teacher, cut, text and order.
 
-        How much of a stage is there is another matter.
+        See `require_covers` for how much of a stage is there.
         """
         for field, (name, way) in _WAYS.items():
             stored, mine = getattr(self.contents, field), getattr(wanted, field)

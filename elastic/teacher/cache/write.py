@@ -85,9 +85,9 @@ def teacher_directory(config: CacheTeacherConfig) -> Path:
         trained = Path(config.run_dir) / "parent"
         if not trained.is_dir():
             raise ConfigError(
-                f"run_dir={config.run_dir}: there is no trained parent in it; run train.py with "
-                "these settings first, which stops after its pretrain stages, or use a curriculum "
-                "without them and set parent.path"
+                f"run_dir={config.run_dir}: there is no trained parent in it; run elastic train "
+                "with these settings first, which stops after its pretrain stages, or use a "
+                "curriculum without them and set parent.path"
             )
         return trained
     assert config.parent.path is not None  # a random parent has a pretrain stage
@@ -135,7 +135,7 @@ def _publish(directory: Path, index: CacheIndex, worker: int) -> None:
 
 
 def _both(stored: CacheContents, wanted: CacheContents) -> CacheContents:
-    """CacheContents that cover two runs of the same order."""
+    """Contents that cover two runs of the same order."""
     stages = dict(stored.stages)
     for name, stage in wanted.stages.items():
         there = stages.get(name, stage)
@@ -214,6 +214,6 @@ def _write(
 
 
 def _clear(path: Path) -> None:
-    """Take away what a killed worker left half-written under this name."""
+    """Remove what a killed worker left half-written under this name."""
     for left in path.parent.glob(f".{path.name}.tmp-*"):
         left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A stored teacher against the live one that wrote it."""
+"""A teacher's cached top-k log-probabilities against the online teacher that wrote them."""
 
 import dataclasses
 import itertools
@@ -24,16 +24,16 @@ CPU = torch.device("cpu")
 SEQUENCES = 4
 
 
-def live(case: Case) -> OnlineTeacher:
+def online(case: Case) -> OnlineTeacher:
     return OnlineTeacher(load_parent(case.teacher), "32-true", None)
 
 
-def losses(case: Case, student: HybridParent, batch: Tensor, *said: object) -> list[float]:
-    """What a student would minimise, from the words of several teachers."""
+def losses(case: Case, student: HybridParent, batch: Tensor, *output: object) -> list[float]:
+    """What a student would minimise, by the outputs of several teachers."""
     head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
     targets = batch[:, 1:].flatten()
     with torch.no_grad():
-        terms = [token_terms(head, each, targets, case.config.objective) for each in said]  # type: ignore[arg-type]
+        terms = [token_terms(head, each, targets, case.config.objective) for each in output]  # type: ignore[arg-type]
     return [float(each["total"]) for each in terms]
 
 
@@ -57,16 +57,16 @@ def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Tensor]]
 
 
 def pair(case: Case, stage: str) -> tuple[OnlineTeacher, CachedTeacher]:
-    one, two = live(case), case.reader()
+    one, two = online(case), case.reader()
     one.start(CPU, stage)
     two.start(CPU, stage)
     return one, two
 
 
 @pytest.mark.parametrize("stage", ["short", "long"])
-def test_every_batch_of_a_run_has_the_loss_of_the_live_teacher(case: Case, stage: str) -> None:
+def test_every_batch_of_a_run_has_the_loss_of_the_online_teacher(case: Case, stage: str) -> None:
     """Two processes, three epochs of the short stage, part of one of the long."""
-    teacher, stored = pair(case, stage)
+    teacher, cached = pair(case, stage)
     assert case.config.parent.shape is not None
     student = random_parent(case.config.parent.shape, seed=1)
     seen = batches(case, stage, world_size=2)
@@ -74,38 +74,38 @@ def test_every_batch_of_a_run_has_the_loss_of_the_live_teacher(case: Case, stage
     epochs = (seen[-1][0] + SEQUENCES - 1) / windows
     assert (2 < epochs < 3) if stage == "short" else epochs < 1
     for first, batch in seen:
-        words = (
+        outputs = (
             teacher.distributions(batch, "train", first),
-            stored.distributions(batch, "train", first),
+            cached.distributions(batch, "train", first),
         )
-        expected, found = losses(case, student, batch, *words)
+        expected, found = losses(case, student, batch, *outputs)
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_validation_has_the_loss_of_the_live_teacher_and_of_its_own_text(case: Case) -> None:
-    teacher, stored = pair(case, "long")
+def test_validation_has_the_loss_of_the_online_teacher_and_of_its_own_text(case: Case) -> None:
+    teacher, cached = pair(case, "long")
     text = text_of(case.config, case.stages["long"], case.data).validation
     assert case.config.parent.shape is not None
     student = random_parent(case.config.parent.shape, seed=1)
     for first in range(0, len(text), 3):
         batch = torch.stack([text[row] for row in range(first, min(first + 3, len(text)))])
-        said = teacher.distributions(batch, "validation", first)
-        kept = stored.distributions(batch, "validation", first)
-        expected, found = losses(case, student, batch, said, kept)
+        output = teacher.distributions(batch, "validation", first)
+        kept = cached.distributions(batch, "validation", first)
+        expected, found = losses(case, student, batch, output, kept)
         assert found == pytest.approx(expected, rel=1e-6)
-        terms = token_terms(said, None, batch[:, 1:].flatten(), ObjectiveConfig())  # type: ignore[arg-type]
-        own = stored.cross_entropy("validation", first, len(batch))
+        terms = token_terms(output, None, batch[:, 1:].flatten(), ObjectiveConfig())  # type: ignore[arg-type]
+        own = cached.cross_entropy("validation", first, len(batch))
         assert own == pytest.approx(float(terms["cross_entropy"]), rel=1e-6)
 
 
-def test_a_sequence_is_stored_once_however_often_it_comes(case: Case) -> None:
-    stored = case.reader()
+def test_a_sequence_is_cached_once_however_often_it_comes(case: Case) -> None:
+    cached = case.reader()
     contents = case.wanted().stages
     positions = case.stages["short"].tokens // 32
     assert contents["short"].train == contents["short"].windows < positions / 2
     assert contents["long"].train == case.stages["long"].tokens // 64 < contents["long"].windows
     for stage, length in (("short", 32), ("long", 64)):
-        shards = stored.shard_sets[stage, "train"]
+        shards = cached.shard_sets[stage, "train"]
         rows = [len(shards.open(number)["text"]) for number in range(shards.count())]
         assert sum(rows) == contents[stage].train and max(rows) <= 20
         assert shards.layout(1)["indices"][1] == (1, length, 7)
@@ -122,9 +122,9 @@ def test_half_precision_costs_little(case: Case, make: Callable[..., Case]) -> N
     for teacher in (exact, rounded):
         teacher.start(CPU, "short")
     for first, batch in itertools.islice(batches(case, "short", 1), 8):
-        words = [teacher.distributions(batch, "train", first) for teacher in (exact, rounded)]
-        assert words[1].log_probs.dtype == torch.float16
-        expected, found = losses(case, student, batch, *words)
+        outputs = [teacher.distributions(batch, "train", first) for teacher in (exact, rounded)]
+        assert outputs[1].log_probs.dtype == torch.float16
+        expected, found = losses(case, student, batch, *outputs)
         errors.append(abs(found / expected - 1))
     assert 0 < max(errors) < 3e-4, errors
 
@@ -137,18 +137,18 @@ def test_vocabularies_beyond_16_bits_have_wider_indices(case: Case) -> None:
 
 
 def test_files_are_mapped_not_loaded(case: Case) -> None:
-    stored = case.reader()
-    stored.start(CPU, "short")
+    cached = case.reader()
+    cached.start(CPU, "short")
     (first, batch), *_ = batches(case, "short", 1)
-    said = stored.distributions(batch, "train", first)
-    assert isinstance(said, TopK) and said.indices.shape == (batch[:, 1:].numel(), 7)
-    arrays = [array for rows in stored._maps.values() for array in rows.values()]
+    output = cached.distributions(batch, "train", first)
+    assert isinstance(output, TopK) and output.indices.shape == (batch[:, 1:].numel(), 7)
+    arrays = [array for rows in cached._maps.values() for array in rows.values()]
     assert arrays and all(isinstance(array, np.memmap) for array in arrays)
 
 
-def test_words_about_other_text_are_not_taken(case: Case) -> None:
+def test_a_cache_of_other_text_is_not_read(case: Case) -> None:
     """The first batch of a stage is held against what was written."""
-    _, stored = pair(case, "short")
+    _, cached = pair(case, "short")
     (first, batch), (other, _), *_ = batches(case, "short", 1)
     with pytest.raises(AssertionError, match="not the text of this place"):
-        stored.distributions(batch, "train", other)
+        cached.distributions(batch, "train", other)

@@ -128,8 +128,8 @@ def test_a_missing_index_is_refused(case: Case, tmp_path: Path) -> None:
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"format_version": 1, "contents": {"top_k": 3}}', "is damaged"),
-        ('{"format_version": 2}', "format_version=2, this version reads 1"),
+        ('{"format_version": 2, "contents": {"top_k": 3}}', "is damaged"),
+        ('{"format_version": 1}', "format_version=1, this version reads 2"),
     ],
 )
 def test_a_damaged_index_is_refused(text: str, words: str, case: Case, copy: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_directory_of_something_else_is_refused(make: Callable[..., Case]) -> 
 def test_a_run_without_a_trained_parent_has_no_teacher(case: Case, tmp_path: Path) -> None:
     config = dataclasses.replace(case.config, run_dir=str(tmp_path))
     line = refusal(dataclasses.replace(case, config=config))
-    assert "there is no trained parent" in line and "run train.py" in line
+    assert "there is no trained parent" in line and "run elastic train with" in line
 
 
 def test_an_index_survives_its_file(case: Case) -> None:
