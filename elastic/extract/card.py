@@ -23,7 +23,7 @@ LOADERS = {
 
 
 def _licence(member: OpenMember) -> tuple[dict[str, str], str]:
-    """Front matter and a sentence about the licence; nothing is made up."""
+    """Front matter and a sentence about the licence, only what the parent's card states."""
     stated = member.manifest.provenance.get("licence") or licence_of(member.checkpoint)
     files = [path.name for path in small_files(member.checkpoint, tokenizer=False)]
     licences = [name for name in files if name.startswith(("LICENSE", "LICENCE"))]
@@ -113,7 +113,7 @@ def _family_table(member: OpenMember) -> str:
 
 
 def _widths(entry: Member) -> list[str]:
-    """Sizes of each kind of layer, from the largest on."""
+    """Sizes of each kind of layer, largest first."""
     found = []
     for kind in LAYERS:
         sizes = sizes_of(entry.architecture, kind)

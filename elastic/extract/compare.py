@@ -1,4 +1,4 @@
-"""What every way to verify shares: the model to load, float32 weights, how results compare."""
+"""Shared by all checks of an export: the model to load, float32 weights, comparing results."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -84,13 +84,13 @@ def fill(
 
 
 def empty(module: nn.Module) -> None:
-    """Give the weights back."""
+    """Free the weights."""
     module.to("meta")
 
 
 @contextmanager
 def plain_transformers() -> Iterator[None]:
-    """Stock Nemotron-H in plain torch and in silence, whatever kernels are installed.
+    """Stock Nemotron-H in plain torch and without log output, whatever kernels are installed.
 
     Where mamba_ssm is installed transformers calls its GPU kernels on CPU tensors too; each of
     those functions carries its plain twin as `__wrapped__`.

@@ -16,7 +16,7 @@ from elastic.storage.progress import Progress
 from elastic.storage.writing import write_shards
 
 _ROOM_BYTES = 4 << 20
-"""Room for what is written beside weights and copied files: headers, index, card."""
+"""Bytes for what is written beside weights and copied files: headers, index, card."""
 
 
 def extract(config: ExtractConfig) -> Path:

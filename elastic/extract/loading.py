@@ -112,7 +112,7 @@ def _empty(config: dict[str, Any], path: Path) -> NemotronHForCausalLM:
 
 
 def _stored(name: str) -> str:
-    """What a checkpoint calls a tensor of the model."""
+    """Name of a model's tensor in a checkpoint."""
     return name.replace("model.", "backbone.", 1)
 
 

@@ -28,7 +28,7 @@ from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
 from elastic.storage.writing import Pending
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
-"""What the sizes of a kind of layer are called."""
+"""Kind of layer -> name of its sizes in messages."""
 
 
 def padded(
@@ -55,7 +55,7 @@ def padded(
 
 
 class _Rows:
-    """A stream of row blocks that is read in any number of rows."""
+    """A stream of row blocks, taken any number of rows at a time."""
 
     def __init__(self, blocks: Iterable[Tensor]) -> None:
         self._blocks = iter(blocks)

@@ -1,8 +1,8 @@
-"""Proof that an extracted checkpoint is the member: transformers == the masked parent.
+"""Check that an extracted checkpoint is the member: transformers == the masked parent.
 
-Every tensor is read back and held against the cut of the checkpoint. Where the whole model fits in
-memory its logits are compared with the masked parent's, else those of some blocks, one at a time
-(`verify_blocks`).
+Every tensor is read back and compared with the cut of the checkpoint. Where the whole model fits
+in memory its logits are compared with the masked parent's, else the outputs of some blocks, one at
+a time (`verify_blocks`).
 """
 
 import json

@@ -92,7 +92,7 @@ def _parent_block(parent: HybridParent, member: OpenMember, position: int, x: Te
     fill(block, member.store, f"backbone.layers.{index}", member.dtype)
     out = block(_widened(x, member), None, {}, keep.hidden, keep.layers[index])
     empty(block)
-    assert not out[..., x.shape[-1] :].any(), "masked channels are silent"
+    assert not out[..., x.shape[-1] :].any(), "a masked channel is not zero"
     return out[..., : x.shape[-1]] - x
 
 

@@ -1,9 +1,9 @@
-"""Make transformers know the per-layer model as soon as both it and this package are imported, in
-whichever order, without importing transformers for it.
+"""Register the per-layer model with transformers as soon as both it and this package are imported,
+in whichever order, without importing transformers for it.
 
-Two steps, each as late as can be. AutoConfig learns the configuration when its module has been
-imported (here); AutoModelForCausalLM learns the model, which takes torch and the modelling code,
-when the first such configuration is made (in `config`).
+Two steps, each as late as can be. The configuration is registered with AutoConfig when that has
+been imported (here); the model, which takes torch and the modelling code, is registered with
+AutoModelForCausalLM when the first such configuration is made (in `config`).
 """
 
 import importlib.abc
@@ -22,11 +22,11 @@ MODELS = "transformers.models.auto.modeling_auto"
 """Module of the models' Auto classes. It imports AUTO, and configurations need it whole."""
 
 PARENT = "transformers.models.nemotron_h.configuration_nemotron_h"
-"""Module of the configuration that ours is derived from; it imports AUTO while it is half-way."""
+"""Module of the configuration that ours is derived from; it imports AUTO before it is complete."""
 
 
 def register() -> None:
-    """Tell AutoConfig about the per-layer configuration; again and again, if need be."""
+    """Register the per-layer configuration with AutoConfig; may be called again."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from elastic.extract.layerwise.config import NemotronHElasticConfig
@@ -46,7 +46,7 @@ def register_on_import() -> None:
 
 
 def _register_or_warn() -> None:
-    """An import of transformers must not fail because of us, nor may it hide that we did."""
+    """Register; a failure is a warning, so that the import of transformers does not fail."""
     try:
         register()
     except Exception as error:
@@ -58,11 +58,11 @@ def _register_or_warn() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds some modules where the other finders do, and calls `then`, once, when the first of them
-    has been imported and none of the others is half-way.
+    """Import hook: finds some modules where the other finders do, and calls `then`, once, when the
+    first of them has been imported and none of the others is being imported.
 
-    If its import fails the watch goes on. importlib's lock of a module keeps threads apart: nobody
-    sees it before the call has returned.
+    After a failed import the hook stays. importlib's lock per module keeps threads apart: no other
+    thread gets the module before the call has returned.
     """
 
     def __init__(self, names: tuple[str, ...], then: Callable[[], None]) -> None:
@@ -107,7 +107,7 @@ class _Watch(importlib.abc.MetaPathFinder):
 
 
 class _Watched(importlib.abc.Loader):
-    """Another loader, under a watch; the module never sees it."""
+    """Wraps a module's loader for `_Watch`; the module itself has the original."""
 
     def __init__(self, loader: importlib.abc.Loader, watch: _Watch) -> None:
         self.loader = loader
