@@ -19,8 +19,8 @@ from elastic.parent.layers import (
     LayerKeep,
     Linear,
     RMSNorm,
+    document_mask,
     narrow,
-    reach_within,
 )
 from elastic.parent.ssd import MambaMixer
 
@@ -28,7 +28,7 @@ Member = Architecture | Keep | None
 """How to run the parent: sliced to an Architecture, under keep masks, or None for the whole."""
 
 Borders = Mapping[str, Tensor]
-"""Kind of block -> where documents begin and end, in its own terms; empty is one document."""
+"""Kind of block -> document boundaries in its form: ids or a mask; empty is one document."""
 
 _KEEP_ALL = LayerKeep()
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         borders: Tensor | None = None,
     ) -> Tensor:
         """(b, t, d) -> (b, t, d); `hidden` (b, d) is the mask of the residual stream, `borders`
-        what this kind of mixer wants to know about documents."""
+        the document boundaries in this kind of mixer's form."""
         normed = self.norm(x, cuts.get("norm.weight"), hidden)
         if self.kind == "mlp":
             update = self.mixer(normed, cuts, keep)
@@ -158,12 +158,12 @@ class HybridParent(nn.Module):
         return block(*inputs)
 
     def _borders(self, documents: Tensor | None) -> Borders:
-        """What each kind of block wants to know, made once for all blocks."""
+        """Document boundaries in each kind of block's form, made once for all blocks."""
         if documents is None:
             return {}
         if "attention" not in self.shape.kinds:
             return {"mamba": documents}
-        return {"mamba": documents, "attention": reach_within(documents)}
+        return {"mamba": documents, "attention": document_mask(documents)}
 
     def head_weight(self, member: Member = None) -> Tensor:
         """LM head of a member: (v, d)."""

@@ -1,9 +1,10 @@
 """Norms, projections, MLP and attention of Nemotron-H, each whole, sliced or masked.
 
 Every module runs in one of three ways. Whole: the parent. Sliced: `cuts` narrow the weights to a
-member's prefixes, so that a small member costs little. Masked: keep masks silence units and the
-whole parent is computed, which is differentiable in the masks. A hard mask and its slice are the
-same function. Shapes: b batch, t time, d hidden, f MLP width, q query heads, k KV heads.
+member's prefixes, so that a small member costs little. Masked: keep masks scale units, 0 removes
+one, and the whole parent is computed, which is differentiable in the masks. A hard mask and its
+slice are the same function. Shapes: b batch, t time, d hidden, f MLP width, q query heads, k KV
+heads.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ class LayerKeep:
     `gate` (b,) scales what the layer adds to the residual stream. `width` is (b, f) over MLP units,
     (b, h) over Mamba heads or (b, q) over query heads; `channels` is (b, p) over the channels of
     every Mamba head. `share` is known where these two are hard, zeros and ones: the kept part of
-    every SSM group, so that kernels need not ask the device for it.
+    every SSM group, so that no kernel has to read it from the device.
     """
 
     gate: Tensor | None = None
@@ -115,7 +116,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: weights are read, or drawn by `HybridParent.initialise`; 12 billion random
-        random numbers that are overwritten next take minutes."""
+        numbers that are overwritten next take minutes."""
 
     def forward(self, x: Tensor, cut: Cut | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs), both as narrowed by `cut`."""
@@ -209,11 +210,11 @@ class MLP(nn.Module):
         return self.down_proj(units, cuts.get("mixer.down_proj.weight"))
 
 
-def reach_within(documents: Tensor) -> Tensor:
-    """Who reads whom when no step reads across a document's border: (b, t) ids -> (b, 1, t, t).
+def document_mask(documents: Tensor) -> Tensor:
+    """Causal attention mask inside documents: (b, t) ids -> (b, 1, t, t) bool.
 
-    True where the column is the row's own step or an earlier one of its document. One byte per
-    pair of steps: 2.4 GB for a sequence of 49,152.
+    True where the column (key) is the row's (query's) own step or an earlier one of its document.
+    One byte per pair of steps: 2.4 GB for a sequence of 49,152.
     """
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return same.tril()
@@ -237,10 +238,10 @@ class Attention(nn.Module):
         layer: AttentionLayer | None,
         cuts: Cuts,
         keep: LayerKeep,
-        reach: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d); `reach` (b, 1, t, t) says which step reads which, None is all
-        before it and itself."""
+        """(b, t, d) -> (b, t, d); `mask` (b, 1, t, t) is that of `document_mask`, None is causal
+        attention over the whole sequence."""
         heads = self.heads if layer is None else layer.num_heads
         query, key, value = (
             projection(x, cuts.get(f"mixer.{name}.weight"))
@@ -252,13 +253,13 @@ class Attention(nn.Module):
                 ("v_proj", self.v_proj, self.groups),
             )
         )
-        if reach is None:
+        if mask is None:
             mixed = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=heads != self.groups
             )
         else:  # no GPU kernel both takes a mask and groups heads
             key, value = (z.repeat_interleave(heads // self.groups, dim=1) for z in (key, value))
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=reach)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         if keep.width is not None:
             mixed = mixed * keep.width[:, :, None, None].to(mixed.dtype)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2), cuts.get("mixer.o_proj.weight"))

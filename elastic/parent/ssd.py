@@ -29,7 +29,7 @@ def resolve_kernels(kernels: str, device: torch.device) -> str:
     """`auto` becomes `mamba_ssm` on a GPU, else `torch`.
 
     Raises ConfigError for `mamba_ssm` where it cannot run; also on a GPU without the package, where
-    `torch` is slow and must be asked for.
+    `torch` is slow and must be set explicitly.
     """
     if kernels == "mamba_ssm" and device.type != "cuda":
         raise ConfigError(
@@ -241,9 +241,10 @@ class MambaMixer(nn.Module):
     ) -> Tensor:
         """All after the input projection in one call of mamba_ssm: (b, t, ...) -> (b, t, d).
 
-        Under a hard mask it is enough to silence the gate, since silu(0) = 0: the norm sees zeros,
-        and neither weights nor gradients of a silent unit matter. The kernel's norm divides by the
-        whole group of which `share` is kept; eps * share and weight * sqrt(share) make up for it:
+        Under a hard mask it is enough to zero the gate, since silu(0) = 0: the norm's inputs are
+        zero there, and neither weights nor gradients of such a unit matter. The kernel's norm
+        divides by the whole group of which `share` is kept; eps * share and weight * sqrt(share)
+        make up for it:
 
             x / sqrt(sum / n + eps * share) * sqrt(share) = x / sqrt(sum / (n * share) + eps)
         """

@@ -1,11 +1,11 @@
-"""The Mamba-2 mixer between its projections as one function, on the way that a CPU runs.
+"""The Mamba-2 mixer between its projections as one function, as it runs on a CPU.
 
-Convolution, scan, gate and norm each want another order of (time, channel) in memory. Composed by
-autograd, every border is a copy forwards and two backwards, and the three parts of the input
-projection are put together again by a concatenation. Here each border is crossed once, and the
-gradient of the projection is written in place. The composition in `ssd.MambaMixer.forward` is the
-plain twin. Shapes: b batch, t time, i = h * p inner units, j = i + 2 * g * n convolved channels; z
-chunks of l steps, and the letters of `ssd_chunk`.
+Convolution, scan, gate and norm each need another layout of (time, channel) in memory. Composed by
+autograd, every change of layout is a copy forwards and two backwards, and the three parts of the
+input projection are concatenated again. Here each change is made once, and the gradient of the
+projection is written in place. The composition in `ssd.MambaMixer.forward` is the plain twin.
+Shapes: b batch, t time, i = h * p inner units, j = i + 2 * g * n convolved channels; z chunks of l
+steps, and the letters of `ssd_chunk`.
 """
 
 from typing import Any

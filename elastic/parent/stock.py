@@ -59,7 +59,7 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
     """Sizes of a Nemotron-H config.json, of either era.
 
     Raises:
-        ValueError: a field is missing, or asks for something that this parent does not compute.
+        ValueError: a field is missing, or sets something that this parent does not compute.
     """
     fixed = {
         "mlp_hidden_act": "relu2",

@@ -170,7 +170,7 @@ def _without_documents(function: Callable[..., Tensor]) -> Callable[..., Tensor]
         (Conv1d, "forward", _without_documents),
         (
             elastic.parent.hybrid,
-            "reach_within",
+            "document_mask",
             lambda whole: lambda ids: whole(torch.zeros_like(ids)),
         ),
     ],
