@@ -1,4 +1,4 @@
-"""Text: sources, tokenising, packing, and the batches that Lightning sees."""
+"""Text: sources, tokenising, packing, and batches for Lightning."""
 
 from elastic.data.corpus import Corpus, load_corpus
 from elastic.data.datamodule import TextDataModule

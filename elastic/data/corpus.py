@@ -82,7 +82,7 @@ def corpus_fingerprint(config: DataConfig) -> str:
     """A hash of what `load_corpus` would read, without reading it.
 
     Names and sizes (and, for local files, times of change) stand for contents; a hub data set is
-    known by its id, so a run that resumes keeps its text although the hub has moved on.
+    identified by its id, so a run that resumes keeps its text although the hub's has changed.
     """
     known: list[Any]
     if config.source == "stdlib":
@@ -128,7 +128,7 @@ def text_batches(texts: Dataset, characters: int = 1 << 20) -> Iterator[list[str
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what is at the root of `error`; libraries wrap the cause they met."""
+    """First line of the root cause of `error`, which libraries wrap."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -156,7 +156,7 @@ def _read_stdlib() -> Dataset:
 
 
 def _matching_files(config: DataConfig) -> list[Path]:
-    """The files that data.path means, absolute and sorted."""
+    """Files that match data.path, absolute and sorted."""
     assert config.path is not None  # DataConfig has checked it
     found = glob.glob(os.path.expanduser(config.path), recursive=True)
     paths = sorted(Path(path).absolute() for path in found if os.path.isfile(path))
@@ -232,7 +232,7 @@ def _only_text(documents: Dataset, column: str, config: DataConfig) -> Dataset:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars in log files, and no library's own account of an error that we report."""
+    """No progress bars in log files, and no library's own log of an error that we report."""
     hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
     verbosity = datasets.logging.get_verbosity()
     if hide:

@@ -27,7 +27,7 @@ class SequenceStream(IterableDataset[Tensor]):
     positions over all processes; micro-step m of rank r takes the `batch_sequences` from
     (m // repeats * world_size + r) * batch_sequences on. Position q is sequence
     permutation(epoch)[q % n] of epoch q // n. So nothing needs saving to resume: a stream that
-    starts at micro-step k goes on exactly as one that has come there.
+    starts at micro-step k has exactly the batches of one that has reached it.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ def tokenize(texts: TextDataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarr
 
 
 class PackedTokens(Dataset[Tensor]):
-    """A flat array of tokens as consecutive windows; document borders do not matter.
+    """A flat array of tokens as consecutive windows, which document boundaries do not affect.
 
     Item i is int64 (sequence_length + 1,): the inputs and, one further, the targets. Neighbours
     share that one token, so every token but the first is a target at most once, and what does not

@@ -1,4 +1,4 @@
-"""Text to token arrays, once: what a run has prepared, it finds again when it resumes."""
+"""Text to token arrays, once: a run that resumes reads those that it prepared."""
 
 import hashlib
 import json
@@ -32,8 +32,8 @@ class PreparedData:
     def save(self, cache_dir: Path) -> None:
         """Write `tokenizer/`, `train.npy`, `validation.npy` and, last, `data.json`.
 
-        `data.json` vouches for the rest, so it goes first and comes last: whenever this stops,
-        `prepare_data` finds all of it or nothing. Only one process may save.
+        `data.json` is removed first and written last, so that, whenever this stops, `prepare_data`
+        finds all of it or nothing. Only one process may save.
         """
         names = ("tokenizer", "train.npy", "validation.npy")
         whole = all((cache_dir / name).exists() for name in names)
@@ -56,9 +56,10 @@ class PreparedData:
 def prepare_data(config: DataConfig, cache_dir: Path, parent_path: str | None) -> PreparedData:
     """Read and tokenise the text of `config`, or find it in `cache_dir` from an earlier run.
 
-    Writes nothing: a run that turns out impossible must leave no trace; see `PreparedData.save`.
+    Writes nothing, so that a run that turns out impossible leaves no files; see
+    `PreparedData.save`.
     `parent_path` is the directory or hub id behind data.tokenizer=parent. Raises ConfigError for
-    text or a tokenizer that cannot be had.
+    text or a tokenizer that cannot be read.
     """
     source = _tokenizer_source(config, parent_path)
     fingerprint = _fingerprint(config, source)

@@ -46,13 +46,13 @@ class _Statistic:
 
 
 def _heads_of(statistic: _Statistic, heads: int, part: slice) -> Callable[[Tensor], None]:
-    """Feed `part` of the last dimension, as (..., heads, units per head)."""
+    """Add `part` of the last dimension to a statistic, as (..., heads, units per head)."""
     return lambda values: statistic.add(values[..., part].unflatten(-1, (heads, -1)))
 
 
 @contextmanager
 def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[str, _Statistic]]:
-    """Hooks that feed the statistics while the block runs."""
+    """Hooks that add to the statistics while the block runs."""
     shape = parent.shape
     statistics = {"hidden": _Statistic(config.aggregation)}
     hooks = []

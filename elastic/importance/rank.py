@@ -1,4 +1,4 @@
-"""Rank once, keep the result on disk, and use it again while nothing it depends on has changed."""
+"""Rank once, keep the result on disk, and reuse it while nothing it depends on has changed."""
 
 import hashlib
 import json
@@ -99,7 +99,7 @@ def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Rank
     """A finished ranking; `ValueError` when there is none."""
     stored = _read(path)
     if stored is None:
-        raise ValueError(f"{path}: no finished ranking there; run train.py on this run_dir first")
+        raise ValueError(f"{path}: no finished ranking; run elastic train with this run_dir first")
     scores, metadata = stored
     depth = json.loads(metadata["depth"])
     rounds = [{int(layer): error for layer, error in trial.items()} for trial in depth["rounds"]]

@@ -29,7 +29,7 @@ from elastic.storage.reading import StoredTensor
 from elastic.storage.writing import Pending
 
 RANKING = "ranking.json"
-"""Says by which ranking a checkpoint was sorted."""
+"""File with the ranking that a checkpoint was sorted by."""
 
 Permutation = tuple[Tensor | None, Tensor | None]
 """Order of the rows and of the columns of a tensor; entry 0 is what comes first, None: as it is."""
@@ -123,9 +123,9 @@ def sort_checkpoint(
     ranking: Ranking,
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
-    """Write the sorted twin of a checkpoint into an existing directory, a row block at a time.
+    """Write a checkpoint, sorted, into an existing directory, a row block at a time.
 
-    Every tensor keeps its type, and the files beside the weights come along. In memory there are a
+    Every tensor keeps its type, and tokenizer and config files are copied. In memory there are a
     few row blocks, whatever the size of the checkpoint.
 
     Raises:

@@ -1,7 +1,7 @@
 """Losses, pure: distillation and cross-entropy through the LM heads in chunks, budget, identity.
 
-Token losses are means over the counted tokens, in nats. A [tokens, vocabulary] tensor never exists
-whole.
+Token losses are means over the counted tokens, in nats. No tensor [tokens, vocabulary] is ever
+formed.
 """
 
 from elastic.losses.chunked import Head, top_k_and_text, top_k_of

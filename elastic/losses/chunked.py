@@ -71,7 +71,7 @@ def top_k_and_text(
 
 
 def require_top_k(k: int, vocabulary: int) -> None:
-    """Raise ConfigError when a teacher cannot name that many tokens."""
+    """Raise ConfigError when the vocabulary has fewer tokens."""
     if k > vocabulary:
         raise ConfigError(
             f"objective.top_k={k}: must be at most the parent's vocabulary of {vocabulary}, or null"
@@ -274,9 +274,9 @@ class _Walk:
     def _from_kept(self, logits: Tensor, kept: TopK, targets: Tensor, rows: slice) -> Tensor:
         """`_from_all` where the teacher is cut to k tokens and a remainder.
 
-        The rest is one event with one logit, the logsumexp of its tokens: the divergence is over
-        k + 1 logits, and its gradient by the last one falls to the rest in proportion to the
-        softmax among themselves. Nothing is ever the difference of large sums, so that a rest of
+        The remainder is one event with one logit, the logsumexp of its tokens: the divergence is
+        over k + 1 logits, and its gradient by the last one is shared among the remainder's tokens
+        by their softmax. Nothing is ever the difference of large sums, so that a remainder of
         hardly any mass is as exact as any other.
         """
         shared, k = self.shared, kept.indices.shape[-1]

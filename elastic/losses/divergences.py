@@ -1,11 +1,11 @@
 """Divergences of a student's next-token distribution from its teacher's: plain, and closed forms.
 
 p is the teacher's distribution and q the student's, over events: every token of the vocabulary, or
-the k tokens that the teacher names and one remainder for all others. Everything is in nats.
+the teacher's top k tokens and one remainder for all others. Everything is in nats.
 
 The plain functions are the specification: autograd differentiates them, on logits that exist whole.
 The closed forms, named with torch's trailing underscore, work in the memory of their arguments and
-know their own gradient; tests hold the two against each other.
+compute their own gradient; tests compare the two.
 """
 
 import math
@@ -32,11 +32,11 @@ class TopK:
         return TopK(self.indices[tokens], self.log_probs[tokens])
 
     def log_events(self, vocabulary: int, dtype: torch.dtype) -> Tensor:
-        """Log-probabilities of the named tokens and of the remainder, (tokens, k + 1).
+        """Log-probabilities of the top k tokens and of the remainder, (tokens, k + 1).
 
-        With the whole vocabulary named there is no remainder: (tokens, k). What is left for the
-        remainder is known to the rounding of the named tokens' sum, so that it never counts as
-        less than that; and stored values are rounded, so that the sum is put right.
+        With k the whole vocabulary there is no remainder: (tokens, k). The remainder's mass is
+        known to the rounding of the other tokens' sum, so that it never counts as less than that;
+        and cached values are rounded, so that the result is normalised again.
         """
         log_p = self.log_probs.to(dtype)
         if self.indices.shape[-1] < vocabulary:
@@ -130,8 +130,8 @@ def reverse_kl_(
 def jsd_(log_q: Tensor, log_p: Tensor, spare: Tensor, gradient: bool, own: float = 0.0) -> Tensor:
     """Gradient: q (log q - log m - KL(q || m)) / 2, m the mean of p and q.
 
-    p / m and q / m are at most 2, so that nothing overflows; where both are too small to be told
-    from zero, they count as zero.
+    p / m and q / m are at most 2, so that nothing overflows; where both underflow, they count as
+    zero.
     """
     p, q = log_p.exp_(), log_q.exp_()
     mean = torch.lerp(p, q, 0.5, out=spare).clamp_min_(torch.finfo(spare.dtype).tiny)
