@@ -376,9 +376,10 @@ BUILT = [name for name in EXPERIMENTS if not name.startswith("nano")]
 
 @pytest.mark.parametrize("experiment", BUILT)
 def test_every_experiment_parses_and_takes_a_step(experiment: str, tmp_path: Path) -> None:
-    """At reduced size: one or two steps of every stage."""
+    """At reduced size, on one CPU process: one or two steps of every stage."""
     config = settings(
         tmp_path / "run",
+        "trainer=cpu",
         "debug=one_step",
         "data.source=files",
         "data.path='" + str(Path(json.__file__).parent / "*.py") + "'",
