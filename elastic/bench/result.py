@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from elastic import console
 from elastic.config import BenchConfig, ConfigError
 from elastic.storage.files import write_json
 
@@ -87,15 +88,8 @@ def _check(value: Any, key: str) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
     """Columns of text: names to the left, numbers to the right, nothing where there is None."""
-    lines = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    cells = [[_cell(value) for value in row] for row in rows]
+    return "\n".join(console.table(header, cells))
 
 
 def _cell(value: str | float | None) -> str:

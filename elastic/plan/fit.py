@@ -134,7 +134,7 @@ class Fitter:
         config = self.config
         devices = math.gcd(setup.gpus, config.trainer.devices)
         if setup.teacher == "zero3" and setup.gpus == 1:
-            raise ConfigError("objective.teacher=zero3: there is nobody to share the weights with")
+            raise ConfigError("objective.teacher=zero3: one GPU has no other to share with")
         return replace(
             config,
             trainer=replace(

@@ -9,6 +9,7 @@ from elastic.config import ConfigError, ParentShape, PlanConfig
 from elastic.members.architecture import Architecture
 from elastic.members.balanced import balanced_family
 from elastic.members.cost import parameters
+from elastic.parent.stock import read_config, read_shape
 from elastic.plan.family import describe_member, ranges_of, sizes_of, within_tolerance
 from elastic.plan.fit import Fitter
 from elastic.plan.memory import on_gpu
@@ -44,12 +45,10 @@ def make_plan(config: PlanConfig, settings: Sequence[str] = ()) -> dict[str, Any
 
 
 def find_shape(config: PlanConfig) -> ParentShape:
-    """Sizes of the parent: those announced, else those in config.json. No weights are read."""
+    """Sizes of the parent: parent.shape, else those in config.json. No weights are read."""
     if config.parent.shape is not None:
         return config.parent.shape
     assert config.parent.path is not None
-    from elastic.parent.stock import read_config, read_shape  # takes torch along
-
     directory = Path(config.parent.path)
     if not directory.is_dir():
         directory = _download(config.parent.path)

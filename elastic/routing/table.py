@@ -5,24 +5,16 @@ from collections.abc import Mapping
 
 from elastic.config import ParentShape
 from elastic.console import short, table
-from elastic.members.architecture import Architecture
+from elastic.members.architecture import AXIS_FIELD, AXIS_KIND, Architecture
 from elastic.members.search import Choice
 
 WIDTH = 100
 """Columns of the table."""
 
-FIELDS = {
-    "ffn": ("mlp", "intermediate_size"),
-    "mamba_heads": ("mamba", "num_heads"),
-    "mamba_head_dim": ("mamba", "head_dim"),
-    "attention_heads": ("attention", "num_heads"),
-}
-"""Kind of layer and field that hold the size on each axis set within layers."""
-
 
 def _values(architecture: Architecture, axis: str) -> list[int]:
     """Sizes on an axis, one per kept layer of its kind."""
-    kind, field = FIELDS[axis]
+    kind, field = AXIS_KIND[axis], AXIS_FIELD[axis]
     return [getattr(layer, field) for layer in architecture.layers if layer.kind == kind]
 
 
@@ -34,7 +26,7 @@ def sizes(choice: Choice) -> dict[str, float]:
         "hidden": architecture.hidden_size,
         "depth": len(architecture.layers),
     }
-    for axis in FIELDS:
+    for axis in AXIS_FIELD:
         values = _values(architecture, axis)
         if values:
             figures[axis] = sum(values) / len(values)
