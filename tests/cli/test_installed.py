@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.paths import ROOT
+from helpers.waiting import LIMIT
 
 PARTS = ("elastic", "conf", "pyproject.toml", "README.md", "LICENSE")
 
@@ -24,7 +25,7 @@ def call(*command: str | Path, cwd: Path, path: Path | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from helpers.paths import ROOT
+from helpers.waiting import LIMIT
 
 from elastic.cli.command import quiet_pipe
 from elastic.cli.commands import NAMES
@@ -21,7 +22,7 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=LIMIT,
     )
 
 
@@ -95,7 +96,7 @@ def test_a_reader_that_has_left_is_no_error(words: list[str]) -> None:
             stderr=subprocess.PIPE,
             text=True,
             check=False,
-            timeout=600,
+            timeout=LIMIT,
         )
     finally:
         os.close(ours)

@@ -26,7 +26,7 @@ from elastic.cluster.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     {work}
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(1200)
 """
 
 
@@ -82,9 +82,9 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path, started: list[subprocess.Po
 
 
 CHILDREN = {
-    "program": "subprocess.Popen(['sleep', '30'])",
-    "program with all files": "subprocess.Popen(['sleep', '30'], close_fds=False)",
-    "fork": "r, w = os.pipe(); os.fork() or (os.write(w, b'.'), time.sleep(30)); os.read(r, 1)",
+    "program": "subprocess.Popen(['sleep', '1200'])",
+    "program with all files": "subprocess.Popen(['sleep', '1200'], close_fds=False)",
+    "fork": "r, w = os.pipe(); os.fork() or (os.write(w, b'.'), time.sleep(1200)); os.read(r, 1)",
 }
 
 

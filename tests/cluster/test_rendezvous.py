@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.cluster_processes import processes
+from helpers.waiting import LIMIT, until
 
 from elastic.cluster import rendezvous
 from elastic.cluster.place import Place, from_all
@@ -70,10 +71,20 @@ def test_a_requeued_job_does_not_meet_its_earlier_life(tmp_path: Path) -> None:
 
 
 def absent(rank: int, count: int, tell: Tell, missing: int) -> None:
+    """The patience of who waits for the missing one ends; that of others does not. It begins once
+    all others are there."""
     if rank == missing:
         return
+    roll = rendezvous._call_the_roll
+
+    def late(store: dist.Store, world_size: int, patience: float) -> None:
+        until(lambda: all(store.check([f"rank{r}"]) for r in range(1, count) if r != missing))
+        roll(store, world_size, patience)
+
+    rendezvous._call_the_roll = late
     try:
-        meet(Place(rank, rank, count, count), "run", patience=2.0)
+        patience = 2.0 if rank == 0 or missing == 0 else LIMIT
+        meet(Place(rank, rank, count, count), "run", patience)
     except NobodyCame as error:
         tell(str(error))
 

@@ -11,8 +11,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.cluster_processes import processes
-from helpers.waiting import LIMIT
+from helpers.cluster_processes import Processes, processes, wait_until_allowed
+from helpers.waiting import until
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from elastic.cluster.place import Given, Place, wait_for_all
@@ -51,8 +51,8 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
     """A run of one weight.
 
     how:
-      forever  3,000 steps
-      slow     and saving takes a while; never: for ever
+      forever  steps without end
+      slow     and saving takes as long as the test wants
       before   waits before the fit
       odd      rank 1 receives SIGUSR1 in the first pass of a step, its 21st
       last     three steps, and rank 0 receives SIGUSR1 when they are done
@@ -61,7 +61,8 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
 
     def save(trainer: L.Trainer, module: Tiny) -> None:
         tell(f"saving {module.passes}")
-        time.sleep({"slow": 2.0, "never": 2 * LIMIT}.get(how, 0.0))
+        if how == "slow":
+            wait_until_allowed("the end of saving")
         wait_for_all()
         tell("saved")
 
@@ -75,7 +76,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
     with StopSignals() as signals, joined(place, CPU, "test"):
         if how == "before":
             tell("before")
-            time.sleep(2 * LIMIT)
+            wait_until_allowed("anything")
         strategy: Any = SingleDeviceStrategy(CPU)
         if count > 1:
             strategy = DDPStrategy(cluster_environment=Given(place))
@@ -84,7 +85,8 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
             accelerator="cpu",
             devices=count,
             strategy=strategy,
-            max_steps=3 if how in ("last", "plain") else 3000,
+            max_steps=3 if how in ("last", "plain") else -1,
+            max_epochs=-1,
             accumulate_grad_batches=2,
             callbacks=[signals, *([Late()] if how == "last" else []), stop],
             logger=False,
@@ -120,6 +122,10 @@ def test_all_processes_save_at_the_same_step_and_leave_with_one_code(
         assert number.name in errors and "Traceback" not in errors
 
 
+def is_saving(run: Processes) -> bool:
+    return any(line.startswith("saving") for line in run.told(0))
+
+
 def test_the_step_that_has_begun_is_finished_first(tmp_path: Path) -> None:
     with processes(tmp_path, fit, 2, "odd") as run:
         assert run.codes() == [75, 75]
@@ -131,11 +137,10 @@ def test_the_step_that_has_begun_is_finished_first(tmp_path: Path) -> None:
 def test_a_second_request_does_not_wait_for_the_checkpoint(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    with processes(tmp_path, fit, 1, "never") as run:
+    with processes(tmp_path, fit, 1, "slow") as run:
         run.wait_until("training")
         run.send(0, number)
-        while not any(line.startswith("saving") for line in run.told(0)):
-            time.sleep(0.01)
+        until(lambda: is_saving(run))
         run.send(0, number)
         assert run.codes() == [CODES[number]]
         assert run.told(0)[-1] == f"SystemExit {CODES[number]}" and "saved" not in run.told(0)
@@ -146,9 +151,9 @@ def test_sigterm_lets_a_checkpoint_that_sigusr1_asked_for_be_finished(tmp_path: 
     with processes(tmp_path, fit, 1, "slow") as run:
         run.wait_until("training")
         run.send(0, signal.SIGUSR1)
-        while not any(line.startswith("saving") for line in run.told(0)):
-            time.sleep(0.01)
+        until(lambda: is_saving(run))
         run.send(0, signal.SIGTERM)
+        run.allow("the end of saving")
         assert run.codes() == [75]
         assert run.told(0)[-2:] == ["saved", "AgreedExit 75"]
 

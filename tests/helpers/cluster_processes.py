@@ -43,7 +43,8 @@ class Processes:
 
     def errors(self, rank: int) -> str:
         """What one process wrote to stderr."""
-        return (self.directory / f"{rank}.err").read_text()
+        path = self.directory / f"{rank}.err"
+        return path.read_text() if path.exists() else ""
 
     def wait_until(self, line: str, *ranks: int) -> None:
         """Return once these processes, else all, have told a line."""
@@ -101,9 +102,11 @@ def processes(directory: Path, body: Body, count: int, *arguments: object) -> It
     try:
         yield started
     finally:
-        for process in started.all:
+        for rank, process in enumerate(started.all):
             process.kill()
             process.join()
+            if error := started.errors(rank):  # shown where the test fails
+                print(f"stderr of process {rank}:\n{error}")
 
 
 def _begin(

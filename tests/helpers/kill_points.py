@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.paths import ROOT
+from helpers.waiting import until
 
 import elastic.storage.writing
 import elastic.training.launch
@@ -72,6 +73,8 @@ class Points:
     def __init__(self, notes: Path, phase: str, number: int) -> None:
         self.file = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.phase, self.number = phase, number
+        self.go = notes.with_name("go")
+        self.steps_left = 0
         self.within: list[str] = []
         self.passed: Counter[str] = Counter()
 
@@ -90,6 +93,14 @@ class Points:
         while True:
             time.sleep(60)
 
+    def step(self) -> None:
+        """Where PHASE is the name of a checkpoint: wait at the beginning of the NUMBER-th step that
+        comes after it, until somebody lets this process go on."""
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            self.note("here", self.phase, "a step")
+            until(self.go.exists)
+
     def watch_phase(self, owner: Any, name: str, phase: str) -> None:
         original = getattr(owner, name)
 
@@ -97,7 +108,11 @@ class Points:
             self.within.append(phase)
             self.note("enter", phase)
             self.point(f"{name} begins")
+            if name == "training_step":
+                self.step()
             result = original(*args, **kwargs)
+            if name == "save" and result.path.name == self.phase:
+                self.steps_left = self.number
             if name == "log_metrics":
                 self.point("half a row", lambda: _tear(args[0].path))
             self.point(f"{name} has ended")

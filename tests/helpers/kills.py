@@ -27,6 +27,7 @@ from typing import IO
 from helpers.paths import ROOT, TESTS
 from helpers.run_differences import differences, weights_apart
 from helpers.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
+from helpers.waiting import LIMIT, until
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -42,8 +43,6 @@ ANY = "any moment"
 
 STEPS = (7, 10, 5)
 """Per stage. The router is frozen after the eighth step of the second."""
-
-TIMEOUT = 400.0
 
 
 def overrides(run_dir: Path, *more: str) -> list[str]:
@@ -61,6 +60,7 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
         "trainer.checkpoint_every=3",
         "trainer.validate_every=4",
         "trainer.log_every=2",
+        f"trainer.patience={LIMIT:.0f}",
         "router.freeze_at=0.5",
         *more,
     ]
@@ -131,24 +131,27 @@ class Life:
     pid: int
     process: subprocess.Popen | None
     told: IO[str] | None
-    """Where the server tells the exit code of a fork."""
+    """Where the server tells the exit code of a fork, once."""
+    code: int | None = None
 
     def poll(self) -> int | None:
         """Exit code, or None as long as it lives."""
         if self.process is not None:
             return self.process.poll()
         assert self.told is not None
-        line = self.told.readline()
-        return int(line) if line else None
+        if self.code is None and (line := self.told.readline()):
+            self.code = int(line)
+        return self.code
 
     def wait(self) -> int:
         """Exit code, once it has one."""
-        deadline = time.monotonic() + TIMEOUT
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                self.kill()
-                raise TimeoutError
-            time.sleep(0.002)
+        try:
+            until(lambda: self.poll() is not None)
+        except AssertionError:
+            self.kill()
+            raise
+        code = self.poll()
+        assert code is not None
         return code
 
     def kill(self) -> None:
@@ -221,7 +224,7 @@ class Harness:
             phase = self.random.choice([p for p in self.phases if tally[p] == least])
             left = 1 - len(mine) / (kills + 1)  # there is less of it after every kill
             number = 1 + self.random.randrange(max(1, int(self.points.get(phase, 1) * left)))
-            delay = self.random.uniform(0, self.seconds * left) if phase == ANY else TIMEOUT
+            delay = self.random.uniform(0, self.seconds * left) if phase == ANY else LIMIT
             died = self.kill_at(phase, number, delay)
             if died is None:
                 self.run_dir.rename(self.root / name)
@@ -232,19 +235,27 @@ class Harness:
         self.kills += mine
         return mine
 
-    def reach(self, checkpoint: str, strategy: str | None = None) -> Life:
-        """A life of the run that has just written this checkpoint."""
-        life = self.start("none", 0, strategy)
-        deadline = time.monotonic() + TIMEOUT
-        while not (self.run_dir / "checkpoints" / checkpoint).exists():
-            assert life.poll() is None and time.monotonic() < deadline, self.output()[-3000:]
-            time.sleep(0.002)
+    def reach(self, checkpoint: str, strategy: str | None = None, steps: int = 1) -> Life:
+        """A life of the run that waits in the first step, or a later one, after a checkpoint."""
+        life = self.start(checkpoint, steps, strategy)
+        until(lambda: life.poll() is not None or self.stands_still(), self.output)
+        assert life.poll() is None, self.output()[-3000:]
         return life
+
+    def stands_still(self) -> bool:
+        """Whether the life has come to where it goes no further."""
+        told = _notes(self.root / "notes")
+        return bool(told) and told[-1].startswith("here")
+
+    def go_on(self) -> None:
+        """Let a life that `reach` has returned do so."""
+        (self.root / "go").touch()
 
     def start(self, phase: str, number: int, strategy: str | None = None) -> Life:
         """One life of the run."""
         notes = self.root / "notes"
         notes.unlink(missing_ok=True)
+        (self.root / "go").unlink(missing_ok=True)
         command = overrides(self.run_dir, *on(strategy or self.strategy))
         return self.starter.start(self.root / "log", notes, phase, number, command)
 
@@ -252,7 +263,7 @@ class Harness:
         """What all lives have said."""
         return (self.root / "log").read_text()
 
-    def kill_at(self, phase: str, number: int, after: float = TIMEOUT) -> Kill | None:
+    def kill_at(self, phase: str, number: int, after: float = LIMIT) -> Kill | None:
         """A life that is killed at a point, or after so many seconds; None if it ended."""
         life, notes = self.start(phase, number), self.root / "notes"
         start = time.monotonic()

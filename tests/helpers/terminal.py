@@ -9,6 +9,8 @@ import subprocess
 import termios
 from collections.abc import Sequence
 
+from helpers.waiting import LIMIT
+
 _TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\s\S]")
 
 
@@ -82,4 +84,4 @@ def run_on_terminal(
         pass
     finally:
         os.close(ours)
-    return process.wait(timeout=600), written.decode()
+    return process.wait(timeout=LIMIT), written.decode()

@@ -33,6 +33,7 @@ TINY = [
     *stage("long", 40, length=256, batch=2048, lr=1e-3),
     "trainer.accelerator=cpu",
     "trainer.strategy=ddp",
+    "trainer.patience=600",
     "trainer.validate_every=25",
     "trainer.checkpoint_every=1000",  # only the signal and the ends of stages write one
 ]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,9 @@ from pathlib import Path
 import pytest
 from helpers.kills import ENVIRONMENT, ROOT
 from helpers.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
+from helpers.waiting import LIMIT, until
 
-LONG = 600.0
-"""Seconds; only a safety net."""
-
-DDP = ["trainer.devices=2", "trainer.strategy=ddp"]
+DDP = ["trainer.devices=2", "trainer.strategy=ddp", f"trainer.patience={LIMIT:.0f}"]
 
 
 class Terminal:
@@ -49,10 +46,8 @@ class Terminal:
         return self.output.read_text()[self.begin :]
 
     def wait_until(self, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + LONG
-        while not true():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said[-3000:]
-            time.sleep(0.01)
+        until(lambda: true() or self.process.poll() is not None, lambda: self.said[-3000:])
+        assert self.process.poll() is None, self.said[-3000:]
 
     def interrupt(self) -> None:
         os.killpg(self.process.pid, signal.SIGINT)
@@ -86,7 +81,7 @@ def test_no_step_is_lost_and_the_same_command_goes_on(more: list[str], tmp_path:
     with terminal(run_dir, *more) as run:
         run.wait_until(lambda: steps(run_dir) >= 3)
         run.interrupt()
-        assert run.process.wait(LONG) == 130, run.said[-3000:]
+        assert run.process.wait(LIMIT) == 130, run.said[-3000:]
         assert run.said.count("Ctrl-C: a checkpoint follows the step at hand") == 1
         assert "SIGINT: a checkpoint is written; the same command goes on" in run.said
         assert "Traceback" not in run.said
@@ -105,7 +100,7 @@ def test_ctrl_c_before_anything_is_there_is_one_line(who: int, tmp_path: Path) -
     with terminal(run_dir, *DDP) as run:
         run.wait_until(lambda: len(children(run.process.pid)) >= who and imports(run.process.pid))
         run.interrupt()
-        assert run.process.wait(LONG) == 130, run.said[-3000:]
+        assert run.process.wait(LIMIT) == 130, run.said[-3000:]
         assert "interrupted" in run.said or "Ctrl-C" in run.said
         assert "Traceback" not in run.said and "error:" not in run.said
 

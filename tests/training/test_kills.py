@@ -61,13 +61,14 @@ def test_signals_change_no_bit_either(harness: Harness) -> None:
     """They leave a checkpoint of their own at whatever step it is, also between two logged rows;
     the run ends the same, but for which checkpoints it still has."""
     asked = (
-        (signal.SIGINT, 130, PRETRAIN),
-        (signal.SIGTERM, 143, SOFT),
-        (signal.SIGUSR1, 75, SLICED),
+        (signal.SIGINT, 130, PRETRAIN, 1),
+        (signal.SIGTERM, 143, SOFT, 2),
+        (signal.SIGUSR1, 75, SLICED, 1),
     )
-    for number, code, checkpoint in asked:
-        life = harness.reach(checkpoint)
+    for number, code, checkpoint, steps in asked:
+        life = harness.reach(checkpoint, steps=steps)
         os.kill(life.pid, number)
+        harness.go_on()
         assert life.wait() == code
     harness.to_the_end("asked")
     found = differences(harness.root / "asked", harness.whole, exact=True)
@@ -121,6 +122,7 @@ def test_a_full_disk_stops_a_run_cleanly(harness: Harness) -> None:
     said = len(harness.output())
     limit = resource.prlimit(life.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(life.pid, resource.RLIMIT_FSIZE, (300_000, limit[1]))
+    harness.go_on()
     assert life.wait() == 1
     output = harness.output()[said:]
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]

@@ -101,6 +101,8 @@ def index_for(directory: Path, config: CacheTeacherConfig, contents: CacheConten
     """
     settings = config.cache
     index = CacheIndex(contents, settings.shard_sequences, settings.log_probs)
+    # Before the index is looked for: another worker may write it, and then files, at any moment.
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
     if (directory / INDEX).is_file():
         stored = CacheIndex.read(directory)
         stored.require_same(directory, contents)
@@ -112,7 +114,6 @@ def index_for(directory: Path, config: CacheTeacherConfig, contents: CacheConten
                     f"{there}; must be that, or set another objective.teacher_cache"
                 )
         return replace(index, contents=_both(stored.contents, contents))
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
     if not all(name.startswith(".") for name in names):  # a worker may be about to write the index
         raise ConfigError(
             f"objective.teacher_cache={directory}: not empty, and not a cache; choose another "

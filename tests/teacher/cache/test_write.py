@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from helpers.paths import ROOT
 from helpers.runs import settings
 from helpers.teacher_caches import Case
-from helpers.waiting import LIMIT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -82,6 +80,25 @@ def test_workers_may_start_at_the_same_moment(case: Case, make: Callable[..., Ca
     assert files(cases[0].cache) == files(case.cache)
 
 
+def test_another_worker_may_begin_while_the_directory_is_looked_at(
+    case: Case, make: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes index and files between any two looks of ours."""
+    first, second = (make("cache.workers=2", f"cache.worker={worker}") for worker in range(2))
+    is_file, begun = Path.is_file, []
+
+    def look(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == INDEX and not begun:
+            begun.append(path)
+            write_cache(first.config)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", look)
+    write_cache(second.config)
+    assert begun and files(second.cache) == files(case.cache)
+
+
 def test_a_longer_run_adds_to_the_store(make: Callable[..., Case]) -> None:
     """What is there stays, but for a last file that was not full."""
     short, long = make(), make("curriculum.stages.long.tokens=3000")
@@ -97,23 +114,50 @@ def test_a_longer_run_adds_to_the_store(make: Callable[..., Case]) -> None:
     assert files(long.cache) == after
 
 
+STUCK = """
+import runpy, sys, time
+from elastic.teacher.cache import shards
+
+save, calls = shards.save_file, iter(range(1000))
+
+def half(arrays, path, *arguments):
+    save(arrays, path, *arguments)
+    if next(calls) == 3:
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        print("stuck", flush=True)
+        time.sleep(1200)
+
+shards.save_file = half
+sys.argv[0] = "elastic cache-teacher"
+runpy.run_module("elastic.teacher", run_name="__main__")
+"""
+
+
 def test_a_killed_command_goes_on_where_it_was(case: Case, make: Callable[..., Case]) -> None:
-    """SIGKILL once some files are there; the end is that of a command that was not killed."""
+    """SIGKILL in the midst of the fourth file; the end is that of a command that was not killed."""
     mine = make()
-    command = [sys.executable, "-m", "elastic.teacher", *mine.overrides]
+    command = [sys.executable, "-c", STUCK, *mine.overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    deadline = time.monotonic() + LIMIT
-    while len(list(mine.cache.rglob("*.safetensors"))) < 3 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output.decode()
-    there = len(list(mine.cache.rglob("*.safetensors")))
-    assert 3 <= there < len(list(case.cache.rglob("*.safetensors")))
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line == "stuck\n":
+            break
+    process.kill()
+    process.communicate()
+    assert said[-1:] == ["stuck\n"], "".join(said)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(mine.cache.rglob("*.safetensors"))) == 3
     with pytest.raises(ConfigError, match="files are missing"):
         mine.reader()
     write_cache(mine.config)
