@@ -108,7 +108,7 @@ def _refuse(message: str) -> NoReturn:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Leave without a word, with exit code 141, when nobody reads standard output any more."""
+    """Exit quietly, with exit code 141, when standard output is a pipe without a reader."""
     try:
         try:
             yield
@@ -123,7 +123,7 @@ def quiet_pipe() -> Iterator[None]:
 
 
 def _reader_left() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+    """Whether standard output is a pipe whose reader has gone."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -134,7 +134,7 @@ def _reader_left() -> bool:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Let a job of submitit fail with an error: of one that exits, nobody who waits would hear.
+    """Let a job of submitit fail with an error: of one that exits, the waiting side learns nothing.
 
     One that a signal has stopped goes back into the queue.
     """

@@ -111,7 +111,7 @@ def listen(port: int, visitors: int) -> socket.socket:
     return socket.create_server(("", port), family=family, backlog=visitors, dualstack_ipv6=dual)
 
 
-class Given(ClusterEnvironment):
+class PlaceEnvironment(ClusterEnvironment):
     """Tells Lightning what is known already, so that it neither guesses nor launches."""
 
     def __init__(self, place: Place) -> None:

@@ -41,7 +41,7 @@ SLURM_LIFE = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 """A requeued job has the number, the port and the run directory of its first life."""
 
 
-class NobodyCame(OSError):
+class RendezvousError(OSError):
     """Processes of the run are missing. The message is one line."""
 
 
@@ -55,7 +55,7 @@ def joined(place: Place, device: torch.device, run: str) -> Iterator[None]:
         run: a name that all processes of the run know and no other run has.
 
     Raises:
-        NobodyCame: see `meet`.
+        RendezvousError: see `meet`.
     """
     if place.world_size == 1:
         yield
@@ -94,29 +94,29 @@ def meet(place: Place, run: str, patience: float = PATIENCE) -> dist.Store:
         patience: seconds.
 
     Raises:
-        NobodyCame: rank 0 or others have not come in time: names the address or the ranks.
+        RendezvousError: rank 0 or others have not come in time: names the address or the ranks.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     name = "|".join([run, *(os.environ.get(key, "") for key in SLURM_LIFE)])
     if place.rank == 0:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         with _listener(port, name, store.port):
-            _call_the_roll(store, place.world_size, patience)
+            _wait_for_ranks(store, place.world_size, patience)
         return store
-    store_port = _knock(address, port, name, time.monotonic() + patience)
+    store_port = _find_store(address, port, name, time.monotonic() + patience)
     try:
         store = dist.TCPStore(address, store_port, wait_for_workers=False)
         store.set(f"rank{place.rank}", "here")
         store.wait(["everyone"], timedelta(seconds=2 * patience))
     except RuntimeError:
-        raise NobodyCame(
+        raise RendezvousError(
             f"rank {place.rank} of {place.world_size}: rank 0 on {address} has left while the "
             "processes gathered; its own message has the reason"
         ) from None
     return store
 
 
-def _call_the_roll(store: dist.Store, world_size: int, patience: float) -> None:
+def _wait_for_ranks(store: dist.Store, world_size: int, patience: float) -> None:
     """Wait until every process has connected, and confirm."""
     keys = {rank: f"rank{rank}" for rank in range(1, world_size)}
     try:
@@ -124,7 +124,7 @@ def _call_the_roll(store: dist.Store, world_size: int, patience: float) -> None:
     except RuntimeError:
         missing = [str(rank) for rank, key in keys.items() if not store.check([key])]
         few = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-        raise NobodyCame(
+        raise RendezvousError(
             f"{len(missing)} of {world_size} processes have not come within {patience:g} s "
             f"(rank {few}); see their logs"
         ) from None
@@ -169,13 +169,13 @@ def _listen(first: int) -> socket.socket:
             return listen(port, 1024)
         except OSError:
             continue
-    raise NobodyCame(
+    raise RendezvousError(
         f"MASTER_PORT={first}: all of the ports {first} to {first + PORTS - 1} are taken on "
         f"{socket.gethostname()}; set another MASTER_PORT"
     )
 
 
-def _knock(address: str, first: int, name: str, end: float) -> int:
+def _find_store(address: str, first: int, name: str, end: float) -> int:
     """The port of the store of the run; rank 0 may not be there yet."""
     while time.monotonic() < end:
         for port in range(first, first + PORTS):
@@ -191,7 +191,7 @@ def _knock(address: str, first: int, name: str, end: float) -> int:
             if found == name:
                 return int(store_port)
         time.sleep(0.2)
-    raise NobodyCame(
+    raise RendezvousError(
         f"rank 0 was not found within the time: no listener at {address}, ports {first} to "
         f"{first + PORTS - 1}, belongs to this run; see its log"
     )

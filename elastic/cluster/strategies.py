@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor
 
-from elastic.cluster.place import Given, Place
+from elastic.cluster.place import Place, PlaceEnvironment
 from elastic.config import ConfigError, OptimConfig, TrainerConfig
 
 BUCKET = 200_000_000
@@ -52,7 +52,7 @@ def build_strategy(
     exist."""
     if trainer.strategy == "single":
         return SingleDeviceStrategy(device)
-    environment = Given(place)
+    environment = PlaceEnvironment(place)
     if trainer.strategy == "ddp":
         return DDPStrategy(
             cluster_environment=environment,
@@ -93,7 +93,11 @@ class ZeroStrategy(DeepSpeedStrategy):
     """DeepSpeed's ZeRO, on GPUs or, for tests, on CPU processes with gloo."""
 
     def __init__(
-        self, trainer: TrainerConfig, optim: OptimConfig, environment: Given, device: torch.device
+        self,
+        trainer: TrainerConfig,
+        optim: OptimConfig,
+        environment: PlaceEnvironment,
+        device: torch.device,
     ) -> None:
         on_gpu = device.type == "cuda"
         self.stage, self.on_gpu = trainer.zero_stage, on_gpu

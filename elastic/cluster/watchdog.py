@@ -1,15 +1,15 @@
-"""Nobody waits for the dead: a process that dies or freezes takes the run down, and is named.
+"""A process that dies or hangs ends the run at once, and the error names it.
 
-Whoever waits in a collective for a process that is gone waits for an hour. So every process holds a
-connection to rank 0, sends a sign of life now and then, and leaves when one of the others
+A collective waits an hour (`rendezvous.TIMEOUT`) for a process that is gone. So every process holds
+a connection to rank 0, sends a heartbeat at regular intervals, and exits when one of the others
 
-- has died: the kernel closes its connection, within a moment, however it died;
-- is silent for `patience` seconds: frozen, or its machine or network is gone;
-- has failed and said so: after `GRACE` seconds, in which most will fail for the same reason, with
+- has died: the kernel closes its connection at once, however it died;
+- has sent no heartbeat for `patience` seconds: it hangs, or its machine or network is gone;
+- has reported a failure: after `GRACE` seconds, in which most will fail for the same reason, with
   a better message than ours.
 
-All of it happens in a thread of its own, which needs nothing but the interpreter's lock for a
-moment. Long steps, checkpoints and copies release that lock while they last.
+This happens in a thread of its own, which needs the interpreter's lock only for a moment. Long
+steps, checkpoints and copies release that lock while they last.
 """
 
 import json
@@ -32,11 +32,12 @@ from elastic.cluster.signals import EXIT_CODES, AgreedExit
 log = logging.getLogger(__name__)
 
 PATIENCE = 30.0
-"""Seconds of silence after which a process counts as frozen. Products, backward passes, and writing
-and hashing checkpoints let us speak every 0.1 s; copying 1 GB into bytes took 0.7 s."""
+"""Seconds without a heartbeat after which a process counts as hung. Products, backward passes, and
+writing and hashing checkpoints let heartbeats through every 0.1 s; copying 1 GB into bytes took
+0.7 s."""
 
 GRACE = 8.0
-"""Seconds that the others have for leaving by themselves after one has failed."""
+"""Seconds that the others have to exit by themselves after one has failed."""
 
 MOMENT = 0.5
 """Seconds that an error waits for its cause: a collective fails because somebody has died."""
@@ -49,8 +50,8 @@ class _Peer:
     """A process at the other end of a connection."""
 
     connection: socket.socket
-    heard: float
-    """When it last gave a sign of life, on our own clock."""
+    last_seen: float
+    """When its last message came, on our own clock."""
     rank: int = -1
     """Unknown until it has introduced itself."""
     host: str = ""
@@ -62,10 +63,10 @@ class _Peer:
 class Watchdog:
     """Watches over the processes of a run while its block lasts; nothing for a single process.
 
-    Whoever leaves the block in peace is not missed. Whoever leaves it with an error tells the
-    others, and has `patience` seconds to be gone. Who was ended by a signal (SystemExit with a code
-    of `EXIT_CODES`) takes the others along: their collectives fail, which becomes the same
-    SystemExit. All processes must enter the block, and the process group must exist.
+    A process may leave the block normally at any time. One that leaves it with an error reports it
+    to the others, and has `patience` seconds to exit. One that was ended by a signal (SystemExit
+    with a code of `EXIT_CODES`) ends the others too: their collectives fail, which becomes the
+    same SystemExit. All processes must enter the block, and the process group must exist.
     """
 
     def __init__(self, place: Place, patience: float = PATIENCE, grace: float = GRACE) -> None:
@@ -73,34 +74,35 @@ class Watchdog:
         self._peers: dict[socket.socket, _Peer] = {}
         self._selector = selectors.DefaultSelector()
         self._sending = threading.Lock()
-        self._door: socket.socket | None = None
+        self._listener: socket.socket | None = None
         self._token = ""
         self._cause = ""
         self._code = 1
         self._deadline = float("inf")
         self._introduced = 0
-        self._in_peace = False
-        self._heard_of_failure = threading.Event()
-        self._rope: socket.socket | None = None
+        self._finished = False
+        self._stop = False
+        self._failure_reported = threading.Event()
+        self._wake: socket.socket | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Self:
         if self.place.world_size == 1:
             return self
-        bell, self._rope = socket.socketpair()  # pulling it wakes the thread
+        bell, self._wake = socket.socketpair()  # closing it wakes the thread
         self._selector.register(bell, selectors.EVENT_READ)
         if self.place.rank == 0:
-            self._door = listen(0, self.place.world_size)
-            self._selector.register(self._door, selectors.EVENT_READ)
+            self._listener = listen(0, self.place.world_size)
+            self._selector.register(self._listener, selectors.EVENT_READ)
             self._token = secrets.token_hex(8)
-            from_first((self._token, self._door.getsockname()[1], *_myself()))
+            from_first((self._token, self._listener.getsockname()[1], *_myself()))
         else:
             self._token, port, host, pid = from_first(None)
             self._connect(port, host, pid)
         self._thread.start()
-        connected = sum(from_all(self._door is None and bool(self._peers)))
-        while self._door is not None and self._introduced < connected:
-            time.sleep(0.01)  # else what is said in the next moment would be said to nobody
+        connected = sum(from_all(self._listener is None and bool(self._peers)))
+        while self._listener is not None and self._introduced < connected:
+            time.sleep(0.01)  # else the next message might be sent before all are connected
         return self
 
     def __exit__(
@@ -112,16 +114,17 @@ class Watchdog:
         if not self._thread.is_alive():
             return
         if error is None or isinstance(error, AgreedExit):
-            self._in_peace = True  # first: who hears us may be gone before the next line
-            self._tell(["bye"])
-            assert self._rope is not None
-            self._rope.close()
+            self._finished = True  # first: who receives this may be gone before the next line
+            self._send(["done"])
+            self._stop = True  # last: the thread closes the connections
+            assert self._wake is not None
+            self._wake.close()
             self._thread.join(2.0)
             return
         signalled = set(EXIT_CODES.values())
         code = error.code if isinstance(error, SystemExit) else None
         if code not in signalled and self._deadline == float("inf"):
-            self._heard_of_failure.wait(MOMENT)  # who is behind this error, perhaps
+            self._failure_reported.wait(MOMENT)  # who is behind this error, perhaps
         if code not in signalled and self._code in signalled:  # it is not our error
             log.info("%s; leaving too", self._cause)
             self._deadline = time.monotonic() + self.patience
@@ -135,30 +138,30 @@ class Watchdog:
         # The thread stays, in case this process hangs on its way out.
         self._cause = f"{self._name(self.place.rank, *_myself())} {reason}"
         self._deadline = time.monotonic() + self.patience
-        self._tell(["failed", self._code, self._cause])
+        self._send(["failed", self._code, self._cause])
 
     # The thread
 
     def _watch(self) -> None:
         beat = self.patience / 10
         next_beat = last = time.monotonic()
-        while not self._in_peace:
+        while not self._stop:
             for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
-                if key.fileobj is self._door:
-                    self._admit()
+                if key.fileobj is self._listener:
+                    self._accept()
                 elif key.data is not None:
                     self._read(key.data)
             now = time.monotonic()
             if now - last > self.patience / 2:  # it was us who stood still
                 for peer in self._peers.values():
-                    peer.heard = now
+                    peer.last_seen = now
             last = now
             if now >= next_beat:
-                self._tell(["beat"])
+                self._send(["heartbeat"])
                 next_beat = now + beat
             for peer in list(self._peers.values()):
-                if now - peer.heard > self.patience:
-                    self._lose(peer, f"gave no sign of life for {self.patience:g} s")
+                if now - peer.last_seen > self.patience:
+                    self._lose(peer, f"sent no heartbeat for {self.patience:g} s")
             if now > self._deadline:
                 self._leave()
         for key in list(self._selector.get_map().values()):
@@ -166,10 +169,10 @@ class Watchdog:
             key.fileobj.close()
         self._selector.close()
 
-    def _admit(self) -> None:
-        assert self._door is not None
+    def _accept(self) -> None:
+        assert self._listener is not None
         try:
-            connection, _ = self._door.accept()
+            connection, _ = self._listener.accept()
         except OSError:
             return
         self._add(_Peer(connection, time.monotonic()))
@@ -180,7 +183,7 @@ class Watchdog:
             self._peers[peer.connection] = peer
         self._selector.register(peer.connection, selectors.EVENT_READ, peer)
 
-    def _forget(self, peer: _Peer) -> None:
+    def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)
         with self._sending:
             del self._peers[peer.connection]
@@ -193,60 +196,60 @@ class Watchdog:
         except OSError:
             arrived = b""
         if not arrived:
-            self._lose(peer, "died without a word")
+            self._lose(peer, "died")
             return
-        peer.heard = time.monotonic()
+        peer.last_seen = time.monotonic()
         *lines, peer.unread = (peer.unread + arrived).split(b"\n")
         for line in lines:
             if peer.connection not in self._peers:
                 return
             try:
-                self._hear(peer, *json.loads(line))
-            except (TypeError, ValueError):  # a stranger at the door
-                self._forget(peer)
+                self._handle(peer, *json.loads(line))
+            except (TypeError, ValueError):  # not a process of this run
+                self._drop(peer)
                 return
 
-    def _hear(self, peer: _Peer, word: str, *said: Any) -> None:
-        """Act on one message; ValueError if it is none of ours."""
-        if word == "hello":
-            token, rank, host, pid, parent = said
+    def _handle(self, peer: _Peer, kind: str, *fields: Any) -> None:
+        """Act on one message; ValueError if it is not of this run."""
+        if kind == "hello":
+            token, rank, host, pid, parent = fields
             if token != self._token:
                 raise ValueError(token)
             peer.rank, peer.host, peer.pid, peer.parent = rank, host, pid, parent
             self._introduced += 1
         elif peer.rank < 0:
-            raise ValueError(word)
-        elif word == "bye":
-            self._forget(peer)
-        elif word == "failed":
-            self._forget(peer)
+            raise ValueError(kind)
+        elif kind == "done":
+            self._drop(peer)
+        elif kind == "failed":
+            self._drop(peer)
             if not self._cause:
-                self._code, self._cause = said
+                self._code, self._cause = fields
                 self._deadline = time.monotonic() + self.grace
-                self._heard_of_failure.set()
-                if self.place.rank == 0:  # only we hear them all
-                    self._tell([word, *said])
-        elif word == "lost":
-            self._code, self._cause = said
+                self._failure_reported.set()
+                if self.place.rank == 0:  # only rank 0 is connected to all
+                    self._send([kind, *fields])
+        elif kind == "lost":
+            self._code, self._cause = fields
             self._leave()
-        elif word != "beat":
-            raise ValueError(word)
+        elif kind != "heartbeat":
+            raise ValueError(kind)
 
     def _lose(self, peer: _Peer, how: str) -> None:
-        """A process is gone without a farewell: so is the run, unless it is ending anyway."""
-        if peer.rank < 0 or self._in_peace or self._deadline < float("inf"):
-            self._forget(peer)
+        """A process has died or hangs: the run ends, unless it is ending anyway."""
+        if peer.rank < 0 or self._finished or self._deadline < float("inf"):
+            self._drop(peer)
             return
         self._cause = f"{self._name(peer.rank, peer.host, peer.pid)} {how}"
         self._leave(first_lost=peer.rank == 0)
 
     def _leave(self, first_lost: bool = False) -> None:
-        """End this process now: the main thread may be waiting for somebody who is gone.
+        """End this process now: the main thread may be waiting for a process that is gone.
 
-        Rank 0 tells the others, and ends those of them that it started: one may be frozen.
+        Rank 0 tells the others, and ends those of them that it started: one may hang.
         """
         if self.place.rank == 0:
-            self._tell(["lost", self._code, self._cause])
+            self._send(["lost", self._code, self._cause])
         # One line per machine is enough.
         if self.place.local_rank == 0 or (first_lost and self.place.rank == 1):
             line = f"error: {self._cause}; stopping. The same command goes on from the last"
@@ -264,8 +267,8 @@ class Watchdog:
 
     # Messages
 
-    def _tell(self, message: list) -> None:
-        """Send a message over every connection; who cannot be reached is noticed when reading."""
+    def _send(self, message: list) -> None:
+        """Send a message over every connection; one that is lost is noticed when reading."""
         data = json.dumps(message).encode() + b"\n"
         with self._sending:
             for peer in self._peers.values():
@@ -281,7 +284,7 @@ class Watchdog:
             connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
         except OSError as error:
             log.warning(
-                "rank %d cannot reach %s:%d (%s): nobody will notice if it dies",
+                "rank %d cannot reach %s:%d (%s): its death would go unnoticed",
                 self.place.rank,
                 address,
                 port,
@@ -289,7 +292,7 @@ class Watchdog:
             )
             return
         self._add(_Peer(connection, time.monotonic(), 0, host, pid))
-        self._tell(["hello", self._token, self.place.rank, *_myself(), os.getppid()])
+        self._send(["hello", self._token, self.place.rank, *_myself(), os.getppid()])
 
     def _name(self, rank: int, host: str, pid: int) -> str:
         return f"rank {rank} of {self.place.world_size} (host {host}, process {pid})"

@@ -23,7 +23,7 @@ from elastic.config.training import (
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything `train.py` reads."""
+    """Settings of `elastic train`."""
 
     name: str
     """Name of the experiment."""
@@ -182,7 +182,7 @@ class CacheTeacherConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class ExtractConfig:
-    """Everything `extract.py` reads."""
+    """Settings of `elastic extract`."""
 
     checkpoint: str
     """Directory of the elastic checkpoint."""

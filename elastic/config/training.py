@@ -279,7 +279,7 @@ class TrainerConfig:
     max_bad_steps: int = 10
     """Steps in a row that may be skipped because loss or gradient is not finite."""
     patience: int = 30
-    """Seconds without a sign of life after which a process counts as dead."""
+    """Seconds without a heartbeat after which a process counts as hung."""
     log_every: int = 10
     """Optimizer steps between logged rows."""
 

@@ -51,7 +51,7 @@ class Pass:
     """Beside them, at the loss: logits of a chunk, gradients of the head and of hidden states."""
     moments: dict[str, float]
     """All that exists at its worst moments: in the `teacher`'s pass, at the `loss`, when the
-    gradients of the `head` are handed out, and in the backward pass of the hungriest `block`."""
+    gradients of the `head` are handed out, and in the backward pass of the largest `block`."""
 
     @property
     def peak(self) -> float:
@@ -199,7 +199,7 @@ def pass_memory(
     if config.data.separate_documents:
         once += tokens * length
     last = tokens * (4 * hidden + 4.0)  # the final norm
-    below, hungriest = once, 0.0
+    below, largest = once, 0.0
     for block in blocks:
         rest = below
         below += kept(block)
@@ -211,14 +211,14 @@ def pass_memory(
                 rest += tokens * hidden * stream
         else:
             work += kept(block)
-        hungriest = max(hungriest, rest + work)
+        largest = max(largest, rest + work)
     kept_all = below + last
     head = _head(config.objective, shape, execution, tokens, hidden, teacher)
     moments = {"loss": kept_all + head["loss"], "head": kept_all + head["gradients"]}
-    moments["block"] = hungriest
+    moments["block"] = largest
     if teacher:
-        teaching = _teaching(config, shape, tokens, length)
-        moments["teacher"] = kept_all + narrow * tokens * hidden + teaching
+        teacher_pass = _teacher_pass(config, shape, tokens, length)
+        moments["teacher"] = kept_all + narrow * tokens * hidden + teacher_pass
     return Pass(kept_all, head["loss"], moments)
 
 
@@ -253,7 +253,7 @@ def _head(
     return {"loss": states + chunk + gradients + product, "gradients": gradients + handed}
 
 
-def _teaching(config: RunConfig, shape: ParentShape, tokens: int, length: int) -> float:
+def _teacher_pass(config: RunConfig, shape: ParentShape, tokens: int, length: int) -> float:
     """The forward pass of the frozen parent: one block at a time, its residual stream in
     float32."""
     student = execution_of(config, length)
@@ -271,8 +271,8 @@ def host_memory(config: RunConfig, shape: ParentShape) -> dict[str, float]:
     trainer = config.trainer
     count, processes = held_parameters(shape), trainer.devices
     size = 4 if trainer.precision == "32-true" else 2
-    lives = config.objective.teacher not in ("offline", "in_place")
-    teacher = size * count if lives else 0
+    online = config.objective.teacher not in ("offline", "in_place")
+    teacher = size * count if online else 0
     running = teacher if config.objective.teacher == "cpu_offload" else 0.0
     if trainer.offload_optimizer:  # masters, moments, gradients twice, and weights on their way
         running += (20 + (size if trainer.zero_stage < 3 else 0)) * count / trainer.world_size

@@ -41,7 +41,7 @@ def sweep(directory: Path) -> None:
     """Remove what killed processes have left of files and directories not yet renamed, at any
     depth.
 
-    Nobody else may be writing there.
+    No other process may be writing there.
     """
     for leftover in list(directory.rglob(LEFTOVERS)):
         _remove(leftover)
@@ -100,9 +100,9 @@ def atomic_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary directory to fill; it becomes `path` if the block ends well, else it is
     gone.
 
-    A directory cannot be renamed over one that is not empty: with `replace` the old one steps aside
-    first, as `.<name>.old`, and comes back if this was stopped right then (see `recover`). One
-    process writes at a time: with `replace` others wait for it, without they are refused. What
+    A directory cannot be renamed over one that is not empty: with `replace` the old one is moved
+    aside first, as `.<name>.old`, and comes back if this was stopped right then (see `recover`).
+    One process writes at a time: with `replace` others wait for it, without they are refused. What
     killed ones have left of `path` is removed.
 
     Raises:

@@ -63,7 +63,7 @@ class _File:
     def forget(self, offset: int, size: int) -> None:
         """Let the system drop its copy of a part that was read.
 
-        Whoever streams a checkpoint once has no use for it, and fresh memory for all of it costs
+        A checkpoint that is streamed once has no use for it, and fresh memory for all of it costs
         more than using a little of it again and again.
         """
         if hasattr(os, "posix_fadvise"):  # not on macOS

@@ -126,8 +126,8 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 from elastic.training.launch import main
 main()
 """
-"""Another process of a run. Ctrl-C reaches all of a terminal: while this one imports, it goes
-without a word."""
+"""Another process of a run. Ctrl-C reaches all of a terminal: while this one imports, it exits
+quietly."""
 
 GRACE = 20.0
 """Seconds that the processes of a machine have to leave one after another."""

@@ -15,7 +15,7 @@ from helpers.waiting import LIMIT, until
 
 from elastic.cluster import rendezvous
 from elastic.cluster.place import Place, from_all
-from elastic.cluster.rendezvous import NobodyCame, joined, meet
+from elastic.cluster.rendezvous import RendezvousError, joined, meet
 
 Tell = Callable[[str], None]
 
@@ -75,17 +75,17 @@ def absent(rank: int, count: int, tell: Tell, missing: int) -> None:
     all others are there."""
     if rank == missing:
         return
-    roll = rendezvous._call_the_roll
+    roll = rendezvous._wait_for_ranks
 
     def late(store: dist.Store, world_size: int, patience: float) -> None:
         until(lambda: all(store.check([f"rank{r}"]) for r in range(1, count) if r != missing))
         roll(store, world_size, patience)
 
-    rendezvous._call_the_roll = late
+    rendezvous._wait_for_ranks = late
     try:
         patience = 2.0 if rank == 0 or missing == 0 else LIMIT
         meet(Place(rank, rank, count, count), "run", patience)
-    except NobodyCame as error:
+    except RendezvousError as error:
         tell(str(error))
 
 
@@ -101,7 +101,10 @@ def test_those_who_do_not_come_are_named(tmp_path: Path) -> None:
 
 def test_no_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "PORTS", 1)
-    with taken() as port, pytest.raises(NobodyCame, match=f"MASTER_PORT={port}: all of the ports"):
+    with (
+        taken() as port,
+        pytest.raises(RendezvousError, match=f"MASTER_PORT={port}: all of the ports"),
+    ):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         meet(Place(0, 0, 2, 2), "run")

@@ -15,7 +15,7 @@ from helpers.cluster_processes import Processes, processes, wait_until_allowed
 from helpers.waiting import until
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from elastic.cluster.place import Given, Place, wait_for_all
+from elastic.cluster.place import Place, PlaceEnvironment, wait_for_all
 from elastic.cluster.rendezvous import joined
 from elastic.cluster.signals import AgreedExit, StopOnSignal, StopSignals, agree, exit_code
 
@@ -79,7 +79,7 @@ def fit(rank: int, count: int, tell: Tell, how: str) -> None:
             wait_until_allowed("anything")
         strategy: Any = SingleDeviceStrategy(CPU)
         if count > 1:
-            strategy = DDPStrategy(cluster_environment=Given(place))
+            strategy = DDPStrategy(cluster_environment=PlaceEnvironment(place))
         stop = StopOnSignal(signals, lambda module: module.passes % 2 == 0, save)
         trainer = L.Trainer(
             accelerator="cpu",

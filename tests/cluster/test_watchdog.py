@@ -37,12 +37,12 @@ class Trusting(Watchdog):
         self.beats: list[float] = []
 
     def _lose(self, peer: Any, how: str) -> None:
-        if "no sign of life" not in how or is_allowed("suspicion"):
+        if "no heartbeat" not in how or is_allowed("suspicion"):
             super()._lose(peer, how)
 
-    def _tell(self, message: list) -> None:
-        super()._tell(message)
-        if message == ["beat"]:
+    def _send(self, message: list) -> None:
+        super()._send(message)
+        if message == ["heartbeat"]:
             self.beats.append(time.monotonic())
 
 
@@ -87,7 +87,7 @@ def work(rank: int, count: int, tell: Tell, how: dict[int, str]) -> None:
 
 
 def beats_during(dog: Trusting, call: Callable[[], object]) -> bool:
-    """Whether a sign of life was given in the midst of a call, not just before or after it."""
+    """Whether a heartbeat was sent in the midst of a call, not just before or after it."""
     begin = time.monotonic()
     call()
     end = time.monotonic()
@@ -101,7 +101,7 @@ def line(rank: int, pid: int | None, what: str, count: int = 2) -> str:
     return f"\nerror: {who} {what}; stopping. The same command goes on from the last checkpoint\n"
 
 
-SILENT = f"gave no sign of life for {PATIENCE:g} s"
+SILENT = f"sent no heartbeat for {PATIENCE:g} s"
 
 
 @pytest.mark.parametrize("waiting", ["reduce", "wait"])
@@ -113,7 +113,7 @@ def test_a_killed_process_takes_the_run_down_at_once(
         run.wait_until("ready")
         run.send(victim, signal.SIGKILL)
         assert run.codes() in ([-9, 1], [1, -9]), "the silence of the dead is not waited for"
-        expected = line(victim, run.all[victim].pid, "died without a word")
+        expected = line(victim, run.all[victim].pid, "died")
         assert run.errors(1 - victim) == expected, "and no traceback of a collective"
 
 
@@ -139,7 +139,7 @@ def test_all_others_leave_and_one_of_a_machine_says_why(tmp_path: Path) -> None:
         run.send(2, signal.SIGKILL)
         assert run.codes() == [1, 1, -9, 1]
         said = [run.errors(rank) for rank in range(4)]
-        assert said == [line(2, run.all[2].pid, "died without a word", 4), "", "", ""]
+        assert said == [line(2, run.all[2].pid, "died", 4), "", "", ""]
 
 
 def test_a_failure_is_told_to_those_who_do_not_notice(tmp_path: Path) -> None:
@@ -181,13 +181,13 @@ def test_who_must_leave_hard_requeues_its_job_first(tmp_path: Path) -> None:
 
 def slow_door(rank: int, count: int, tell: Tell) -> None:
     """Rank 0 leaves before it has looked who is there."""
-    admit = Watchdog._admit
+    admit = Watchdog._accept
 
     def later(self: Watchdog) -> None:
         time.sleep(0.3)
         admit(self)
 
-    Watchdog._admit = later  # type: ignore[method-assign]
+    Watchdog._accept = later  # type: ignore[method-assign]
     work(rank, count, tell, {0: "exit", 1: "wait"})
 
 
@@ -230,13 +230,35 @@ def test_who_is_done_is_not_missed(tmp_path: Path) -> None:
         assert run.errors(0) + run.errors(1) + run.errors(2) == ""
 
 
-def test_signs_of_life_are_given_during_long_native_calls(tmp_path: Path) -> None:
+def slow_end(rank: int, count: int, tell: Tell) -> None:
+    """Rank 0 is done, and other threads of it go on before its last message."""
+    place = Place(rank, rank, count, count)
+    with joined(place, torch.device("cpu"), "test"), Trusting(place) as dog:
+        send = dog._send
+
+        def later(message: list) -> None:
+            if message == ["done"] and rank == 0:
+                seen = len(dog.beats)
+                until(lambda: len(dog.beats) > seen + 1 or not dog._thread.is_alive())
+            send(message)
+
+        dog._send = later  # type: ignore[method-assign]
+        if rank == 1:
+            until(lambda: not dog._peers)
+
+
+def test_the_last_message_is_sent_before_connections_are_closed(tmp_path: Path) -> None:
+    with processes(tmp_path, slow_end, 2) as run:
+        assert run.codes() == [0, 0]
+
+
+def test_heartbeats_are_sent_during_long_native_calls(tmp_path: Path) -> None:
     with processes(tmp_path, work, 2, {0: "busy", 1: "busy"}) as run:
         assert run.codes() == [0, 0]
 
 
 def sleep(rank: int, count: int, tell: Tell) -> None:
-    """A machine whose clock goes on by an hour; then rank 1 gives a sign of life, rank 2 none."""
+    """A machine whose clock goes on by an hour; then rank 1 sends a heartbeat, rank 2 none."""
     asleep = 0.0
     watchdog.time = SimpleNamespace(  # type: ignore[assignment]
         monotonic=lambda: time.monotonic() + asleep, sleep=time.sleep
@@ -250,9 +272,9 @@ def sleep(rank: int, count: int, tell: Tell) -> None:
         asleep = 3600.0
         dist.barrier()
         if rank == 1:
-            dog._tell(["beat"])  # rank 0 looks round
+            dog._send(["heartbeat"])  # rank 0 looks round
         if rank == 0:
-            until(lambda: all(peer.heard > time.monotonic() for peer in dog._peers.values()))
+            until(lambda: all(peer.last_seen > time.monotonic() for peer in dog._peers.values()))
         dist.barrier()
 
 
@@ -302,8 +324,8 @@ def strangers(rank: int, count: int, tell: Tell, say: bytes) -> None:
     place = Place(rank, rank, count, count)
     with joined(place, torch.device("cpu"), "test"), Trusting(place) as ours:
         if rank == 0:
-            assert ours._door is not None
-            port = ours._door.getsockname()[1]
+            assert ours._listener is not None
+            port = ours._listener.getsockname()[1]
             with socket.create_connection(("127.0.0.1", port)) as stranger:
                 stranger.sendall(say)
                 stranger.settimeout(LIMIT)
@@ -318,7 +340,7 @@ def strangers(rank: int, count: int, tell: Tell, say: bytes) -> None:
         b"GET / HTTP/1.1\r\n\r\n",
         b'["hello", "abc", 1, "here", 1, 1]\n["lost", 1, "you"]\n',
         b'["lost", 1, "you"]\n',
-        b'["bye"]\n',
+        b'["done"]\n',
         b"[]\n",
         b"{}\n",
     ],
