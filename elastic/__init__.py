@@ -20,8 +20,10 @@ def load(
 
     `path` is an elastic checkpoint, of which `budget` names the member, or a directory that
     `extract.py` has written, which holds one. Only the bytes that the member needs are read, and
-    every load has memory of its own. `dtype` None keeps the type of every tensor. A member whose
-    layers of one kind differ in size comes at true size, as a subclass of `NemotronHForCausalLM`.
+    every load has memory of its own. `dtype` None keeps the type of every tensor; another never
+    rounds A_log, D and dt_bias. A member whose layers of one kind differ in size comes at true
+    size, as a subclass of `NemotronHForCausalLM`, and so does one whose parent has a
+    `time_step_limit`, which stock transformers does not honour.
 
     Raises:
         ValueError: no such checkpoint, a damaged one, no such budget (those are listed), or a type

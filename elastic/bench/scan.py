@@ -1,6 +1,7 @@
 """bench scan: the chunked scan, forward and backward, beside that of stock transformers."""
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -126,7 +127,7 @@ def _function(who: str, chunk: int) -> Callable[..., Tensor]:
 
 
 def _scan_by_kernels(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    return scan(x, dt, torch.zeros_like(d), 0.0, a, b, c, d, KERNELS)
+    return scan(x, dt, torch.zeros_like(d), (0.0, math.inf), a, b, c, d, KERNELS)
 
 
 def random_inputs(shape: ScanShape, seed: int, dtype: torch.dtype, device: torch.device) -> Inputs:

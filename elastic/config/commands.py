@@ -195,7 +195,12 @@ class ExtractConfig:
     fills up with zeros to the widest, `per_layer` keeps the sizes, for a model of this package.
     Others are native in any case."""
     dtype: str = "source"
-    """`source` keeps the stored type; float32, bfloat16 or float16 convert."""
+    """`source` keeps the stored type; float32, bfloat16 or float16 convert, but never round A_log,
+    D and dt_bias."""
+    allow_dt_limit: bool = False
+    """Store a parent with another `time_step_limit` than the published none as `native` or `padded`
+    too: stock transformers then computes something else, and the result is verified against the
+    model of this package."""
     verify: bool = True
     """Re-open the result with stock transformers and compare its logits with the masked
     parent's."""

@@ -1,5 +1,6 @@
 """Settings of the model: the parent, what can shrink, and to which sizes."""
 
+import math
 from dataclasses import dataclass, field
 
 from elastic.config.checks import ConfigError, one_of, require
@@ -9,6 +10,10 @@ KINDS = {"M": "mamba", "-": "mlp", "*": "attention"}
 
 AXES = ("hidden", "ffn", "mamba_heads", "mamba_head_dim", "attention_heads", "depth")
 """Everything that can shrink."""
+
+IDLE_LOW, IDLE_HIGH = 1e-30, 1e30
+"""Bounds of an SSM step that never bind: a smaller step is no step in float32, and nothing of a
+state survives a larger one. Unlike zero and infinity they have a logarithm and a place in JSON."""
 
 LAYERED_AXES = ("ffn", "mamba_heads", "attention_heads")
 """Axes that may be set layer by layer (heterogeneous); the others are set once."""
@@ -36,8 +41,8 @@ class ParentShape:
     """Share the LM head with the embedding. Checkpoints store both either way: stock transformers
     never ties Nemotron-H."""
     norm_eps: float = 1e-5
-    time_step_min: float = 1e-3
-    """Lower bound of the SSM step; stock transformers clamps to it."""
+    time_step_limit: list[float] | None = None
+    """Lowest and highest step of the SSM, after softplus; null, as published, bounds nothing."""
     max_position_embeddings: int = 131_072
     """Longest context advertised, in tokens; nothing in the network depends on it."""
 
@@ -59,9 +64,7 @@ class ParentShape:
                 getattr(self, name) > 0, f"parent.shape.{name}", getattr(self, name), "positive"
             )
         require(self.norm_eps > 0, "parent.shape.norm_eps", self.norm_eps, "positive")
-        require(
-            self.time_step_min >= 0, "parent.shape.time_step_min", self.time_step_min, "at least 0"
-        )
+        self._check_limit()
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "parent.shape.num_attention_heads",
@@ -74,6 +77,29 @@ class ParentShape:
             self.mamba_num_heads,
             f"a multiple of n_groups={self.n_groups}",
         )
+
+    def _check_limit(self) -> None:
+        """One spelling for every limit: null where no step can reach it, else finite numbers."""
+        limit = self.time_step_limit
+        if limit is None:
+            return
+        require(
+            len(limit) == 2 and limit[0] < limit[1] and limit[1] > 0,
+            "parent.shape.time_step_limit",
+            limit,
+            "null, or the lowest and the highest step, as in [0.0,0.1]",
+        )
+        low = float(limit[0]) if limit[0] > IDLE_LOW else 0.0
+        high = min(float(limit[1]), IDLE_HIGH)
+        self.time_step_limit = [low, high] if low > 0 or high < IDLE_HIGH else None
+
+    @property
+    def dt_limit(self) -> tuple[float, float]:
+        """Lowest and highest step of the SSM; (0, inf) bounds nothing."""
+        if self.time_step_limit is None:
+            return (0.0, math.inf)
+        low, high = self.time_step_limit
+        return (low, high)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -22,6 +22,16 @@ LOADERS = {
 """Who can load each form of export."""
 
 
+def loads_in(member: OpenMember) -> str:
+    """Who can load an export, and who would compute something else."""
+    if member.parent.time_step_limit is None or member.export == "per_layer":
+        return LOADERS[member.export]
+    return (
+        f"for engines that honour time_step_limit={member.parent.time_step_limit}, and for "
+        "elastic.load; stock transformers loads it and computes another function"
+    )
+
+
 def _licence(member: OpenMember) -> tuple[dict[str, str], str]:
     """Front matter and a sentence about the licence, only what the parent's card states."""
     stated = member.manifest.provenance.get("licence") or licence_of(member.checkpoint)
@@ -65,6 +75,8 @@ def write_card(directory: Path, member: OpenMember, name: str, verified: str | N
         _member_table(member),
         "## How to load",
         _loading(member, name),
+        "## Step sizes",
+        _steps(member),
         "## Verified",
         "Nothing: it was exported with `verify=false`."
         if verified is None
@@ -161,8 +173,29 @@ def _loading(member: OpenMember, name: str) -> str:
     ours = ["import elastic", "", f'model = elastic.load("{name}", device="cpu")']
     code = ["```python\n" + "\n".join(block) + "\n```" for block in (lines, ours)]
     return (
-        f"Exported as `{member.export}`: {LOADERS[member.export]}. No remote code is involved.\n\n"
+        f"Exported as `{member.export}`: {loads_in(member)}. No remote code is involved.\n\n"
         f"{code[0]}\n\nor, reading tensor by tensor onto a device,\n\n{code[1]}"
+    )
+
+
+def _steps(member: OpenMember) -> str:
+    """Which function of the step size this is, and what config.json says for whom."""
+    said = member.config["time_step_limit"], member.config["time_step_min"]
+    limit = member.parent.time_step_limit
+    if limit is None:
+        return (
+            "The step size of a Mamba-2 layer is softplus(dt + dt_bias) without a limit, as "
+            f"Nemotron-H is published. `config.json` says so twice: `time_step_limit: {said[0]}` "
+            f"for engines that read it, and `time_step_min: {said[1]}` for transformers, which "
+            "clamps there. Neither bound is ever reached; leave them as they are."
+        )
+    text = f"The step size of a Mamba-2 layer is softplus(dt + dt_bias) within {limit}. "
+    if member.export == "per_layer":
+        return f"{text}This package honours that, with and without a cache."
+    return (
+        f"{text}**Stock transformers computes another function**: it has no upper limit, and none "
+        "at all when it decodes with a cache. The model of `elastic.load`, which this export is "
+        "verified with, honours the limit, as do engines that read `time_step_limit`."
     )
 
 

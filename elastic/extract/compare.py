@@ -4,16 +4,20 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import NemotronHForCausalLM
+from transformers import NemotronHForCausalLM, PreTrainedConfig
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.utils import logging
 
+from elastic.extract.layerwise.sizes import layerwise_config
 from elastic.extract.slice import OpenMember
-from elastic.storage.reading import StoredTensor, assembled
+from elastic.members.architecture import Architecture
+from elastic.parent.stock import read_config
+from elastic.storage.reading import StoredTensor, assembled, converted
 
 TOLERANCE = 1e-4
 """Largest difference of two results, as a share of the largest value."""
@@ -60,12 +64,24 @@ def difference(member: OpenMember, expected: Tensor, found: Tensor, what: str) -
 
 
 def model_class(member: OpenMember) -> type[NemotronHForCausalLM]:
-    """The class that an extracted checkpoint is for."""
-    if member.export == "per_layer":
+    """The class that an extracted checkpoint is for; ours where stock has no such step sizes."""
+    if member.export == "per_layer" or member.parent.time_step_limit is not None:
         from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
 
         return NemotronHElasticForCausalLM
     return NemotronHForCausalLM
+
+
+def model_config(directory: Path, member: OpenMember) -> PreTrainedConfig:
+    """The configuration for `model_class` that an extracted checkpoint's config.json makes."""
+    if member.export == "per_layer" or member.parent.time_step_limit is None:
+        kind: Any = model_class(member).config_class
+        made: PreTrainedConfig = kind.from_pretrained(directory, local_files_only=True)
+        return made
+    from elastic.extract.layerwise.config import NemotronHElasticConfig
+
+    one_size = layerwise_config(read_config(directory), Architecture.full(member.shape))
+    return NemotronHElasticConfig.from_dict(one_size)
 
 
 def fill(
@@ -74,11 +90,13 @@ def fill(
     prefix: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put float32 weights into a module on the meta device; they are rounded to `dtype` first."""
+    """Put float32 weights into a module on the meta device; `dtype` rounds them first, as when they
+    are `converted`."""
     for name, weight in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         stored = tensors[f"{prefix}.{name}"]
-        blocks = (block.to(dtype or stored.dtype) for block in stored.blocks())
+        rounded = converted(name, stored.dtype, dtype)
+        blocks = (block.to(rounded) for block in stored.blocks())
         value = assembled(blocks, torch.empty(weight.shape, dtype=torch.float32))
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 

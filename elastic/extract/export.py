@@ -4,7 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from elastic.config import ExtractConfig
-from elastic.extract.card import LOADERS, write_card
+from elastic.extract.card import loads_in, write_card
 from elastic.extract.loading import resolve_dtype
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import verify
@@ -32,7 +32,9 @@ def extract(config: ExtractConfig) -> Path:
     if output.exists():
         raise FileExistsError(f"output={output}: exists already; nothing was written")
     dtype = resolve_dtype(config.dtype)
-    member = open_member(Path(config.checkpoint), config.budget, dtype, config.export)
+    member = open_member(
+        Path(config.checkpoint), config.budget, dtype, config.export, config.allow_dt_limit
+    )
     pending = list(member.tensors())
     size = sum(tensor.bytes for tensor in pending)
     small = sum(path.stat().st_size for path in small_files(member.checkpoint))
@@ -56,7 +58,7 @@ def summary(member: OpenMember, size: int) -> str:
     """What is about to be written, and who can load it: a line each."""
     share = member.parameters / parameters(member.parent, Architecture.full(member.parent))
     kept, total = len(member.shape.pattern), len(member.parent.pattern)
-    loaders = f"{member.export}: {LOADERS[member.export]}"
+    loaders = f"{member.export}: {loads_in(member)}"
     if member.stored_parameters != member.parameters:
         more = member.stored_parameters / member.parameters - 1
         loaders += (

@@ -11,10 +11,12 @@ from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 from elastic.extract.layerwise import MODEL_TYPE
 from elastic.extract.layerwise.config import NemotronHElasticConfig
 from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
+from elastic.extract.layerwise.sizes import layerwise_config
 from elastic.extract.slice import open_member
-from elastic.parent.stock import read_config, read_shape
+from elastic.members.architecture import Architecture
+from elastic.parent.stock import read_config, read_shape, step_limits
 from elastic.storage.manifest import NAME, Manifest
-from elastic.storage.reading import TensorStore
+from elastic.storage.reading import TensorStore, converted
 from elastic.storage.writing import Pending
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -91,14 +93,20 @@ def _exported(path: Path, dtype: torch.dtype | None, device: torch.device) -> Ne
     if not store.head_stored and not tied:
         raise ValueError(f"{path}: tensor lm_head.weight is missing from the shards")
     tensors = (
-        Pending(name, shape, dtype or store[name].dtype, store[name].blocks)
+        Pending(name, shape, converted(name, store[name].dtype, dtype), store[name].blocks)
         for name, shape in shapes.items()
     )
     return _filled(model, tensors, path, device)
 
 
 def _empty(config: dict[str, Any], path: Path) -> NemotronHForCausalLM:
-    """The model of a config.json, without storage."""
+    """The model of a config.json, without storage; it computes the published function whatever
+    `time_step_min` says, and honours a `time_step_limit`."""
+    shape = read_shape(config)
+    older = ("mamba_dt_min", "mamba_dt_limit")  # names that would win over the newer ones
+    config = {key: value for key, value in config.items() if key not in older} | step_limits(shape)
+    if shape.time_step_limit is not None and config["model_type"] != MODEL_TYPE:
+        config = layerwise_config(config, Architecture.full(shape))
     try:
         with torch.device("meta"):
             if config["model_type"] == MODEL_TYPE:

@@ -24,7 +24,7 @@ from elastic.members.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.ahead import ahead
 from elastic.storage.manifest import NAME, Manifest, Member
-from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
+from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore, converted
 from elastic.storage.writing import Pending
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
@@ -105,16 +105,27 @@ def stored_shape(shape: ParentShape, architecture: Architecture) -> ParentShape:
     )
 
 
-def resolve_export(export: str, shape: ParentShape, architecture: Architecture) -> str:
+def resolve_export(
+    export: str, shape: ParentShape, architecture: Architecture, allow_dt_limit: bool = False
+) -> str:
     """The form in which a member is stored: `export`, or native where that is the same.
 
     Raises:
-        ValueError: that form cannot hold the member; names those that can, with their cost.
+        ValueError: that form cannot hold the member, or stock transformers cannot compute it; names
+            those that can, with their cost.
     """
+    limit = shape.time_step_limit
+    if limit is not None and export != "per_layer" and not allow_dt_limit:
+        raise ValueError(
+            f"export={export}: the parent has time_step_limit={limit}, which stock transformers "
+            "does not honour (no upper limit, and none when it decodes with a cache); must be "
+            "per_layer (loaded where this package is imported), or set allow_dt_limit=true, for "
+            "engines that honour it"
+        )
     kinds = {kind: sizes_of(architecture, kind) for kind in ("mlp", "attention", "mamba")}
     several = {kind: sizes for kind, sizes in kinds.items() if len(sizes) > 1}
     if not several:
-        return "native"
+        return "per_layer" if limit is not None and export == "per_layer" else "native"
     exact = cost.parameters(shape, architecture)
     per_layer = f"per_layer ({exact:,} parameters, loaded where this package is imported)"
     uneven = f"{LAYERS['mamba']} of several sizes ({', '.join(kinds['mamba'])})"
@@ -160,7 +171,8 @@ class OpenMember:
     manifest: Manifest
     """The whole family."""
     export: str
-    """`native`, or `padded` or `per_layer` when layers of one kind differ in size."""
+    """`native`, or `padded` or `per_layer` when layers of one kind differ in size; `per_layer` also
+    when stock transformers has no such step sizes."""
     parent: ParentShape
     """Sizes of the sorted parent that the checkpoint holds."""
     shape: ParentShape
@@ -169,7 +181,7 @@ class OpenMember:
     """Its config.json."""
     store: TensorStore
     dtype: torch.dtype | None
-    """Type that every tensor is converted to; None keeps the stored one."""
+    """Type that tensors are `converted` to; None keeps the stored ones."""
 
     @property
     def member(self) -> Member:
@@ -201,7 +213,8 @@ class OpenMember:
             if self.export != "padded":
                 size = tuple(size_of(r, n) for r, n in zip(cut.cut, stored.shape, strict=True))
             blocks = partial(self._blocks, stored, cut.cut, place.cut, size)
-            yield Pending(cut.target, size, self.dtype or stored.dtype, blocks)
+            dtype = converted(cut.target, stored.dtype, self.dtype)
+            yield Pending(cut.target, size, dtype, blocks)
 
     def _blocks(
         self, stored: StoredTensor, cut: Cut, place: Cut, size: tuple[int, ...]
@@ -214,9 +227,16 @@ class OpenMember:
 
 
 def open_member(
-    checkpoint: Path, budget: str, dtype: torch.dtype | None = None, export: str = "native"
+    checkpoint: Path,
+    budget: str,
+    dtype: torch.dtype | None = None,
+    export: str = "native",
+    allow_dt_limit: bool = False,
 ) -> OpenMember:
     """Check a checkpoint from end to end, headers only, and find one member in it.
+
+    `allow_dt_limit` lets a member with a limit of its steps be stored for stock transformers, which
+    does not honour it.
 
     Raises:
         ValueError: not an elastic checkpoint, a damaged one, no such budget, or a member that
@@ -237,7 +257,7 @@ def open_member(
             f"has {exact}; the file is damaged"
         )
     try:
-        export = resolve_export(export, parent, member.architecture)
+        export = resolve_export(export, parent, member.architecture, allow_dt_limit)
     except ValueError as error:
         raise ValueError(f"budget={budget}: {error}") from error
     store = TensorStore(checkpoint, tensor_shapes(parent))

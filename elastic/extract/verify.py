@@ -21,6 +21,7 @@ from elastic.extract.compare import (
     empty,
     fill,
     model_class,
+    model_config,
     plain_transformers,
 )
 from elastic.extract.slice import OpenMember
@@ -181,9 +182,8 @@ def _on_meta(directory: Path, member: OpenMember) -> NemotronHForCausalLM:
     """The model that transformers makes of the directory's config.json, without weights."""
     model: Any = model_class(member)
     try:
-        config = model.config_class.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            built: NemotronHForCausalLM = model(config).eval()
+            built: NemotronHForCausalLM = model(model_config(directory, member)).eval()
             return built
     except UNREADABLE as error:
         raise _cannot_load(error) from error
@@ -194,6 +194,7 @@ def _reopen(directory: Path, member: OpenMember) -> NemotronHForCausalLM:
     try:
         loaded: Any = model_class(member).from_pretrained(
             directory,
+            config=model_config(directory, member),
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,

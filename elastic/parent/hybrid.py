@@ -181,16 +181,15 @@ class HybridParent(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "HybridParent":
         """Random start: normal(0, 0.02), outputs into the residual stream scaled by 1/sqrt(layers),
-        step sizes log-uniform in [time_step_min, 0.1] and decays -1..-16 (arXiv 2405.21060)."""
+        step sizes log-uniform in [0.001, 0.1] and decays -1..-16 (arXiv 2405.21060)."""
         scale = 1 / math.sqrt(len(self.shape.pattern))
         for name, weight in self.named_parameters():
             last = name.rsplit(".", 1)[-1] if "proj" not in name else name.split(".")[-2]
             if name.endswith("A_log"):
                 weight.copy_(torch.linspace(1, 16, weight.numel()).log())
             elif name.endswith("dt_bias"):
-                low = max(self.shape.time_step_min, 1e-4)
                 uniform = torch.rand(weight.shape, generator=generator)
-                dt = torch.exp(uniform * (math.log(0.1) - math.log(low)) + math.log(low))
+                dt = torch.exp(uniform * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
                 weight.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
             elif name.endswith(".D") or "norm" in name:
                 weight.fill_(1.0)

@@ -52,7 +52,7 @@ def scan(
     x: Tensor,
     dt: Tensor,
     dt_bias: Tensor,
-    dt_min: float,
+    dt_limit: tuple[float, float],
     a: Tensor,
     b: Tensor,
     c: Tensor,
@@ -61,7 +61,7 @@ def scan(
     documents: Tensor | None = None,
 ) -> Tensor:
     """The scan of `ssd_ref.ssd_recurrent` by the chosen kernels, from raw step sizes: dt (b, t, h)
-    becomes max(softplus(dt + dt_bias), dt_min), in float32 on either path."""
+    becomes softplus(dt + dt_bias), kept within `dt_limit`, in float32 on either path."""
     if kernels == "mamba_ssm":
         from mamba_ssm.ops.triton import ssd_combined
 
@@ -75,11 +75,11 @@ def scan(
             D=d,
             dt_bias=dt_bias,
             dt_softplus=True,
-            dt_limit=(dt_min, float("inf")),
+            dt_limit=dt_limit,
             seq_idx=documents,
         )
         return y
-    dt = F.softplus(dt.float() + dt_bias.float()).clamp(min=dt_min)
+    dt = F.softplus(dt.float() + dt_bias.float()).clamp(*dt_limit)
     return ssd_chunked(x, dt, a, b, c, d, documents)
 
 
@@ -196,7 +196,7 @@ class MambaMixer(nn.Module):
             x.unflatten(-1, (heads, channels)),
             dt,
             dt_bias,
-            self.shape.time_step_min,
+            self.shape.dt_limit,
             a,
             b.unflatten(-1, groups),
             c.unflatten(-1, groups),
@@ -218,7 +218,7 @@ class MambaMixer(nn.Module):
             narrow(self.norm.weight, cuts.get("mixer.norm.weight")),
             self.shape.n_groups,
             self.norm.eps,
-            self.shape.time_step_min,
+            self.shape.dt_limit,
             units,
         )
 
@@ -267,7 +267,7 @@ class MambaMixer(nn.Module):
             d,
             MAMBA_SSM_CHUNK,
             seq_idx=documents,
-            dt_limit=(self.shape.time_step_min, float("inf")),
+            dt_limit=self.shape.dt_limit,
             rmsnorm_weight=norm if share == 1 else norm * math.sqrt(share),
             rmsnorm_eps=self.norm.eps * share,
             outproj_weight=narrow(self.out_proj.weight, cuts.get("mixer.out_proj.weight")),

@@ -32,17 +32,17 @@ def mixer_core(
     norm: Tensor,
     groups: int,
     eps: float,
-    dt_min: float,
+    dt_limit: tuple[float, float],
     units: Tensor | None = None,
 ) -> Tensor:
     """All between the input and the output projection: (b, t, i + j + h) -> (b, t, i).
 
     conv (j, 1, k), conv_bias (j,), dt_bias, a (negative) and d (h,), norm (i,); `units` is a keep
-    mask (b or 1, i). Computed in float32.
+    mask (b or 1, i); `dt_limit` are the lowest and the highest step. Computed in float32.
     """
     weights = (conv, conv_bias, dt_bias, a, d, norm, units)
     floats = [None if weight is None else weight.float() for weight in weights]
-    out: Tensor = _MixerCore.apply(projected.float(), *floats, groups, eps, dt_min)
+    out: Tensor = _MixerCore.apply(projected.float(), *floats, groups, eps, dt_limit)
     return out.to(projected.dtype)
 
 
@@ -52,7 +52,7 @@ class _MixerCore(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        projected, conv, conv_bias, dt_bias, a, d, norm, units, groups, eps, dt_min = inputs
+        projected, conv, conv_bias, dt_bias, a, d, norm, units, groups, eps, dt_limit = inputs
         batch, time, _ = projected.shape
         heads, inner = len(a), len(norm)
         chunk = min(CHUNK, time)
@@ -65,7 +65,7 @@ class _MixerCore(torch.autograd.Function):
 
         step_in = dt + dt_bias  # b t h
         # A step of zero, in the padding, neither decays nor enters.
-        step = _per_head(F.softplus(step_in).clamp_(min=dt_min), padding, chunk)  # b z h l
+        step = _per_head(F.softplus(step_in).clamp_(*dt_limit), padding, chunk)  # b z h l
         entering = torch.mul(x, step[:, :, :, None])  # b z h p l
         y, saved = scan_chunks(entering.contiguous(), step * a[:, None], b, c, None)
         y = _by_time(y.addcmul_(x, d[:, None, None]))[:, :time]  # b t i
@@ -79,7 +79,7 @@ class _MixerCore(torch.autograd.Function):
         ctx.save_for_backward(
             *(projected, conv, a, d, norm, units, mixed, conv_out, step_in, step, y, scale), *saved
         )
-        ctx.settings, ctx.has_bias = (groups, eps, dt_min, padding), conv_bias is not None
+        ctx.settings, ctx.has_bias = (groups, eps, dt_limit, padding), conv_bias is not None
         return gated.mul_(scale).flatten(-2).mul_(norm)
 
     @staticmethod
@@ -89,7 +89,7 @@ class _MixerCore(torch.autograd.Function):
         projected, conv, a, d, norm, units, mixed, conv_out, step_in, step, y, scale, *saved = (
             ctx.saved_tensors
         )
-        groups, eps, dt_min, padding = ctx.settings
+        groups, eps, dt_limit, padding = ctx.settings
         batch, chunks, heads, chunk = step.shape
         time, inner = projected.shape[1], len(norm)
         projected_grad = torch.empty_like(projected)
@@ -133,7 +133,9 @@ class _MixerCore(torch.autograd.Function):
         )
         step_grad = (entering_grad * x).sum(3).addcmul_(decay_grad, a[:, None])
         step_grad = step_grad.transpose(2, 3).reshape(batch, -1, heads)[:, :time]
-        step_grad = torch.where(F.softplus(step_in) >= dt_min, step_grad, 0)
+        unlimited = F.softplus(step_in)
+        within = (unlimited >= dt_limit[0]) & (unlimited <= dt_limit[1])
+        step_grad = torch.where(within, step_grad, 0)
         torch.mul(step_grad, torch.sigmoid(step_in), out=dt_grad)
 
         # Convolution.

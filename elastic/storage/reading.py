@@ -36,6 +36,18 @@ DTYPES = {
 }
 """Stored types that can be read, by their name in safetensors."""
 
+EXACT = re.compile(r".*\.(A_log|D|dt_bias)")
+"""Numbers that the scan feeds to an exponential or adds up over a sequence: a few per layer, which
+published checkpoints keep in float32, and no conversion rounds."""
+
+
+def converted(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """Type of a tensor when a checkpoint is converted to `wanted`; None converts nothing."""
+    if wanted is None or (EXACT.fullmatch(name) and wanted.itemsize < stored.itemsize):
+        return stored
+    return wanted
+
+
 SKIPPED = re.compile(r"mtp\.")
 """Tensors that are left behind: layers for multi-token prediction, which the model does not use."""
 

@@ -36,7 +36,9 @@ RULES: list[tuple[str, Any, str]] = [
     ("parent.shape.max_position_embeddings", 0, POSITIVE),
     ("parent.shape.norm_eps", 0.0, POSITIVE),
     ("parent.shape.norm_eps", float("nan"), FINITE),
-    ("parent.shape.time_step_min", -0.1, NOT_NEGATIVE),
+    ("parent.shape.time_step_limit", [0.1], "null, or the lowest and the highest step"),
+    ("parent.shape.time_step_limit", [0.2, 0.1], "null, or the lowest and the highest step"),
+    ("parent.shape.time_step_limit", [-2.0, -1.0], "null, or the lowest and the highest step"),
     ("parent.shape.num_attention_heads", 3, "a multiple of num_key_value_heads=2"),
     ("parent.shape.mamba_num_heads", 3, "a multiple of n_groups=2"),
     # parent

@@ -112,7 +112,8 @@ def test_the_smallest_members_are_the_masked_and_the_sliced_parent(
     write: Callable[..., Any], drawn: tuple[ParentShape, Architecture]
 ) -> None:
     """Down to one channel, one head and one layer."""
-    check_native(write, *drawn)
+    shape, architecture = drawn
+    check_native(write, replace(shape, time_step_limit=None), architecture)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -160,12 +161,12 @@ def test_the_directory_is_a_plain_checkpoint(small: Path) -> None:
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
-def test_config_has_both_spellings(small: Path) -> None:
-    """Stock transformers reads one, other engines the other."""
+def test_config_has_the_spelling_that_all_read(small: Path) -> None:
+    """The other one has two forms, each refused by some."""
     config = json.loads((small / "config.json").read_text())
     assert config["hybrid_override_pattern"] == "M-*-"
     assert config["num_hidden_layers"] == 4
-    assert config["layers_block_type"] == ["linear_attention", "mlp", "full_attention", "mlp"]
+    assert "layers_block_type" not in config
     assert config["hidden_size"] == 8 and config["mamba_head_dim"] == 5
     assert not config["tie_word_embeddings"], "embedding and head are stored apart"
 
@@ -193,8 +194,9 @@ def test_dtype_converts_and_source_keeps(
     written = write(tmp_path / "e", checkpoint.parent.shape, {"small": architecture}, dtype=stored)
     output = extract(written.config(tmp_path / "out", dtype=dtype))
     expected = stored if dtype == "source" else getattr(torch, dtype)
-    tensors = load_file(output / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {expected}
+    for name, tensor in load_file(output / "model.safetensors").items():
+        exact = name.endswith(("A_log", ".D", "dt_bias")) and stored == torch.float32
+        assert tensor.dtype == (stored if exact else expected), name
     config = json.loads((output / "config.json").read_text())
     assert config["torch_dtype"] == str(expected).removeprefix("torch.")
     assert next(stock(output).parameters()).dtype == expected
@@ -305,7 +307,7 @@ def test_code_is_never_copied_nor_referred_to(checkpoint: Any, tmp_path: Path) -
 
 
 def test_greedy_generation_is_the_same_with_and_without_cache(small: Path) -> None:
-    """Step sizes are far above time_step_min here: stock decoding does not clamp to it."""
+    """Also for steps far below the published time_step_min, which only one of the two clamps at."""
     model, prompt = stock(small), torch.tensor([[5, 9, 17], [4, 4, 30]])
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cached = model.generate(prompt, use_cache=True, **options)

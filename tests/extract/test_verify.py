@@ -18,6 +18,7 @@ from elastic.extract.slice import open_member
 from elastic.extract.verify import parent_logits, verify
 from elastic.parent import HybridParent
 from elastic.routing.masks import hard_keep
+from elastic.storage.reading import converted
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_the_streamed_parent_is_the_parent(checkpoint: Any, dtype: torch.dtype |
     whole = HybridParent(member.parent)
     for name, weight in whole.state_dict().items():
         source = checkpoint.parent.state_dict()[name]
-        weight.copy_(source.to(dtype or source.dtype))
+        weight.copy_(source.to(converted(name, source.dtype, dtype)))
     with torch.no_grad():
         expected = whole.logits(tokens, hard_keep(member.parent, member.member.architecture))
         assert_near(parent_logits(member, tokens), expected)

@@ -119,13 +119,13 @@ def main(path: str) -> None:
     noting("mamba_split_conv1d_scan_combined")
     noting("mamba_chunk_scan_combined")
 
-    # A least step size that often binds, an eps that weighs, two groups of two heads.
+    # Limits of the step size that often bind, an eps that weighs, two groups of two heads.
     shape = tiny_shape(
         pattern="-M*",
         mamba_num_heads=4,
         mamba_head_dim=8,
         ssm_state_size=8,
-        time_step_min=0.3,
+        time_step_limit=[0.3, 0.6],
         norm_eps=0.05,
     )
     no_bias = replace(shape, conv_bias=False)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers.strategies import (
     TOLERANCE,
     assert_near,
+    difference,
     gradient_differences,
     random_parent,
     tiny_member,
@@ -129,6 +130,35 @@ def test_the_mixer_core_is_the_composition(way: str, time: int) -> None:
     assert_near(core[0], plain[0])
     off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(plain[1:])))
     assert max(off.values()) <= 10 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("limit", [[0.2, 1e30], [0.0, 0.3], [0.2, 0.3]], ids=str)
+def test_a_limited_step_has_a_gradient_only_within_the_limit(limit: list[float]) -> None:
+    """The gradient that is written out against autograd's; both bounds bind for some steps."""
+    mixer = random_parent(tiny_shape(time_step_limit=limit)).backbone.layers[0].mixer
+    free = random_parent(tiny_shape()).backbone.layers[0].mixer
+    u = normal(2, 2 * CHUNK + 5, tiny_shape().hidden_size)
+    one_document = torch.zeros(u.shape[:2], dtype=torch.int32)
+
+    def run(owner: MambaMixer, documents: Tensor | None) -> list[Tensor]:
+        leaves = [u, *owner.parameters()]
+        return outputs_and_gradients(lambda: owner(u, None, {}, LayerKeep(), documents), leaves)
+
+    core, plain = run(mixer, None), run(mixer, one_document)
+    assert_near(core[0], plain[0])
+    off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(plain[1:])))
+    assert max(off.values()) <= 10 * TOLERANCE[torch.float32]
+    assert difference(core[0], run(free, None)[0]) > 1e-3, "the limit binds"
+
+
+def test_a_step_far_below_the_old_clamp_still_learns() -> None:
+    """Steps of 1e-8 are steps: they have a gradient, and no clamp stands in its way."""
+    mixer = random_parent(tiny_shape()).backbone.layers[0].mixer
+    with torch.no_grad():
+        mixer.dt_bias.sub_(17)
+    u = normal(2, 9, tiny_shape().hidden_size)
+    _, gradient = outputs_and_gradients(lambda: mixer(u, None, {}, LayerKeep()), [mixer.dt_bias])
+    assert (gradient != 0).all()
 
 
 def test_the_mixer_core_survives_autocast() -> None:

@@ -157,12 +157,13 @@ def test_no_decay_is_a_plain_sum() -> None:
 
 
 def test_scan_takes_the_chunked_path_on_a_cpu() -> None:
-    """And takes raw step sizes, which it makes positive and no smaller than the least."""
+    """And takes raw step sizes, which it makes positive and keeps within the limit."""
     x, raw, a, b, c, d = random_inputs(5)
     kernels, bias = resolve_kernels("auto", torch.device("cpu")), torch.linspace(-4, 1, 4)
-    dt = torch.log1p(torch.exp(raw + bias)).clamp(min=0.5)
-    assert (dt == 0.5).any() and (dt > 0.5).any()
-    assert_near(scan(x, raw, bias, 0.5, a, b, c, d, kernels), ssd_chunked(x, dt, a, b, c, d))
+    dt = torch.log1p(torch.exp(raw + bias)).clamp(0.5, 1.0)
+    assert (dt == 0.5).any() and (dt == 1.0).any() and ((0.5 < dt) & (dt < 1.0)).any()
+    y = scan(x, raw, bias, (0.5, 1.0), a, b, c, d, kernels)
+    assert_near(y, ssd_chunked(x, dt, a, b, c, d))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "mamba_ssm"])

@@ -47,7 +47,7 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = in_published_types(random_parent(SHAPE))
     save_parent(parent, directory, max_shard_bytes=30_000)
     config = json.loads((directory / "config.json").read_text())
-    del config["layers_block_type"]
+    config |= {"time_step_min": 0.001, "time_step_limit": [0.0, float("inf")]}
     config |= {"auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}}
     write_json(directory / "config.json", config)
     texts = [path.read_text() for path in sorted((STDLIB / "email").glob("*.py"))]

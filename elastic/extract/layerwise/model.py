@@ -21,6 +21,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 
 from elastic.extract.layerwise import MODEL_TYPE
 from elastic.extract.layerwise.config import NemotronHElasticConfig
+from elastic.extract.layerwise.mixer import PublishedMamba2Mixer
 
 
 class _PerLayer(NemotronHPreTrainedModel):
@@ -54,6 +55,8 @@ class NemotronHElasticModel(_PerLayer, NemotronHModel):
             for index, layer in enumerate(config.per_layer_config)
         )
         for block in self.layers:
+            if isinstance(block.mixer, NemotronHMamba2Mixer):
+                PublishedMamba2Mixer.adopt(block.mixer)
             if isinstance(block.mixer, NemotronHAttention):
                 # A layer's configuration is a copy; which kernel attends is set on the whole.
                 block.mixer.config = config
@@ -64,7 +67,8 @@ class NemotronHElasticModel(_PerLayer, NemotronHModel):
 class NemotronHElasticForCausalLM(_PerLayer, NemotronHForCausalLM):
     """A `NemotronHForCausalLM` whose layers have sizes of their own.
 
-    Forward, generation and caches are stock: every block's state has its block's sizes.
+    Forward, generation and caches are stock, but for the step sizes of Mamba layers (`mixer`):
+    every block's state has its block's sizes.
     """
 
     def __init__(self, config: NemotronHElasticConfig) -> None:
