@@ -266,7 +266,8 @@ class TrainerConfig:
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory and step there; zero1 to zero3 only."""
     precision: str = "32-true"
-    """32-true, bf16-mixed or bf16-true; zero1 to zero3 keep float32 masters in either bf16."""
+    """32-true, bf16-mixed, or bf16-true, which only zero1 to zero3 have: they keep float32 masters
+    of the weights."""
     micro_batch_tokens: int | None = None
     """At most so many tokens per forward pass and process; null is the whole batch. Passes are made
     equal. Budgets are drawn for each of these micro-batches."""
@@ -297,6 +298,14 @@ class TrainerConfig:
             "trainer.offload_optimizer",
             self.offload_optimizer,
             f"false with trainer.strategy={self.strategy}; zero1, zero2 and zero3 can",
+        )
+        require(
+            self.zero_stage > 0 or self.precision != "bf16-true",
+            "trainer.precision",
+            self.precision,
+            f"32-true or bf16-mixed with trainer.strategy={self.strategy}: without float32 masters "
+            "a step is lost in rounding, and norms, A_log and D never move; zero1, zero2 and zero3 "
+            "keep masters",
         )
         if self.micro_batch_tokens is not None:
             require(

@@ -1,12 +1,15 @@
 """Tokenizer and config files that belong to a checkpoint beside its weights, and its licence."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import yaml
 
 from elastic.storage.files import write_json
+
+log = logging.getLogger(__name__)
 
 TOKENIZER = (
     "tokenizer*",
@@ -15,6 +18,7 @@ TOKENIZER = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 """Files of a tokenizer."""
 
@@ -30,14 +34,28 @@ def small_files(directory: Path, tokenizer: bool = True) -> list[Path]:
     """Tokenizer and config files of a checkpoint; `tokenizer=False` leaves the tokenizer's out."""
     patterns = (*TOKENIZER, *OTHERS) if tokenizer else OTHERS
     found = {path for pattern in patterns for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.suffix not in LEFT)
+    files = sorted(path for path in found if path.is_file() and path.suffix not in LEFT)
+    return [path for path in files if _stays(path, directory)]
+
+
+def _stays(path: Path, directory: Path) -> bool:
+    """Whether a file is one of its directory's, and no link to somebody else's; in the cache of the
+    hub a checkpoint's files are links to `blobs`, beside it."""
+    home = directory.resolve()
+    owned = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    stays = any(path.resolve().is_relative_to(place) for place in owned)
+    if not stays:
+        log.warning("%s: a link that leaves the checkpoint; it is left out", path)
+    return stays
 
 
 def copy_small_files(source: Path, target: Path, tokenizer: bool = True) -> None:
     """Copy what is there and what `target` has not."""
     for path in small_files(source, tokenizer):
-        if not (target / path.name).exists():
-            _copy(path, target / path.name)
+        copy = target / path.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            _copy(path, copy)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -64,11 +64,13 @@ class Router(nn.Module):
             self.axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
 
     def forward(self, budget: Tensor) -> dict[str, Tensor]:
-        """One-hot (or mixed) budgets (b, budgets) -> axis -> logits (b, decisions, choices)."""
-        return {
-            axis: network(budget).unflatten(-1, (self.space.decisions(axis), -1))
-            for axis, network in self.axes.items()
-        }
+        """One-hot (or mixed) budgets (b, budgets) -> axis -> logits (b, decisions, choices), in
+        float32 whatever the precision around it."""
+        with torch.autocast(budget.device.type, enabled=False):
+            return {
+                axis: network(budget).unflatten(-1, (self.space.decisions(axis), -1))
+                for axis, network in self.axes.items()
+            }
 
     def one_hot(self, budget: int) -> Tensor:
         """(1, budgets)."""

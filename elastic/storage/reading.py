@@ -20,6 +20,10 @@ from elastic.members.cut import Cut, Ranges, size_of
 log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
+BESIDE = tuple(f"{name}.safetensors" for name in ("router", "members", "energies", "calibration"))
+"""Files of an elastic checkpoint that hold no weights of the parent."""
 
 BLOCK_BYTES = 8 << 20
 """Size of the row blocks in which data moves: memory of more than 32 MiB is new from the system
@@ -230,12 +234,17 @@ class TensorStore(Mapping[str, StoredTensor]):
         self.directory = directory
         self._tensors: dict[str, StoredTensor] = {}
         for path in _shards(directory):
-            self._tensors.update(_tensors_of(path))
+            for name, found in _tensors_of(path).items():
+                if name in self._tensors:
+                    first = self._tensors[name].file.path.name
+                    raise ValueError(f"{directory}: tensor {name} is in {first} and in {path.name}")
+                self._tensors[name] = found
         _check_index(directory, self._tensors)
         skipped = sorted(name for name in self._tensors if SKIPPED.match(name))
         if skipped:
             log.info(
-                "%s: %d tensors of multi-token prediction are left out (%s, ...)",
+                "%s: %d tensors of multi-token prediction are left out (%s, ...); what is written "
+                "has none, and no num_nextn_predict_layers",
                 directory,
                 len(skipped),
                 skipped[0],
@@ -250,7 +259,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         for name, shape in expected.items():
             tensor = self._tensors.get(name)
             if tensor is None:
-                raise ValueError(f"{directory}: tensor {name} is missing from the shards")
+                raise ValueError(
+                    f"{directory}: tensor {name} is missing from the shards{_hint(self._tensors)}"
+                )
             if tensor.shape != shape:
                 raise ValueError(
                     f"{directory}: tensor {name} has shape {tensor.shape}, config.json gives "
@@ -258,7 +269,9 @@ class TensorStore(Mapping[str, StoredTensor]):
                 )
         unknown = sorted(set(self._tensors) - set(expected))
         if unknown:
-            raise ValueError(f"{directory}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
+            raise ValueError(
+                f"{directory}: unknown tensor {unknown[0]} ({len(unknown)} in all){_hint(unknown)}"
+            )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
@@ -268,6 +281,22 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _hint(names: Iterable[str]) -> str:
+    """What tensors of these names tell about where they come from; begins with a semicolon."""
+    names = list(names)
+    if any(name.endswith("rotary_emb.inv_freq") for name in names):
+        return (
+            "; rotary_emb.inv_freq is a buffer that older code stored, and Nemotron-H has no "
+            "rotary embedding: remove it"
+        )
+    if any(name.startswith("model.") for name in names):
+        return (
+            "; model.* is what transformers calls them in memory: write the checkpoint with "
+            "save_pretrained, which stores backbone.*"
+        )
+    return ""
 
 
 def _weight_map(directory: Path) -> dict[str, str] | None:
@@ -283,15 +312,19 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
 
 
 def _shards(directory: Path) -> list[Path]:
-    """Files that hold the model's weights."""
+    """Files that hold the model's weights: those of the index, else `WHOLE` alone, whatever else
+    lies beside it (an optimizer's state, averaged weights)."""
     weight_map = _weight_map(directory)
     if weight_map is None:
-        files = [path for path in sorted(directory.glob("*.safetensors"))]
-        files = [path for path in files if path.name != "router.safetensors"]
-    else:
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        if not (directory / WHOLE).is_file():
+            raise ValueError(f"{directory}: no model weights found: neither {WHOLE} nor {INDEX}")
+        others = {path.name for path in directory.glob("*.safetensors")} - {WHOLE, *BESIDE}
+        if others:
+            log.info("%s: %s is read, not %s", directory, WHOLE, ", ".join(sorted(others)))
+        return [directory / WHOLE]
+    files = [directory / name for name in sorted(set(weight_map.values()))]
     if not files:
-        raise ValueError(f"{directory}: no model weights (*.safetensors) found")
+        raise ValueError(f"{directory / INDEX}: names no shard")
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path}: shard is missing, though {INDEX} names it")

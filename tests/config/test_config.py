@@ -116,6 +116,7 @@ RULES: list[tuple[str, Any, str]] = [
     ("trainer.accelerator", "tpu", "one of auto, cpu, gpu"),
     ("trainer.strategy", "fsdp", "one of single, ddp, zero1"),
     ("trainer.precision", "16-mixed", "one of 32-true, bf16-mixed, bf16-true"),
+    ("trainer.precision", "bf16-true", "32-true or bf16-mixed with trainer.strategy=single: witho"),
     *(
         (f"trainer.{name}", 0, POSITIVE)
         for name in "devices num_nodes validate_every checkpoint_every log_every".split()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from elastic.members.cut import Ranges
 from elastic.storage import reading
@@ -115,26 +115,69 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path: Path, name: str) -> N
 def test_layers_for_multi_token_prediction_are_left_out_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / reading.WHOLE)
     with caplog.at_level("INFO"):
         assert set(TensorStore(tmp_path, {"a": (2,)})) == {"a"}
     assert "1 tensors of multi-token prediction are left out (mtp.layers.0.w" in caplog.text
 
 
+def test_without_an_index_one_file_is_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An optimizer's state or averaged weights of the same names lie beside it."""
+    save_file({"a": torch.ones(2)}, tmp_path / reading.WHOLE)
+    for name in ("ema", "optimizer", "zz"):
+        save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    save_file({"r": torch.zeros(2)}, tmp_path / "router.safetensors")
+    with caplog.at_level("INFO"):
+        assert TensorStore(tmp_path, {"a": (2,)})["a"].read().tolist() == [1, 1]
+    said = "model.safetensors is read, not ema.safetensors, optimizer.safetensors, zz.safetensors"
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [said]
+    (tmp_path / reading.WHOLE).unlink()
+    with pytest.raises(ValueError, match="no model weights found: neither model.safetensors nor"):
+        TensorStore(tmp_path, {"a": (2,)})
+
+
+def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
+    """Whichever the index means, the other one is somebody's mistake."""
+    weight_map = two_shards(tmp_path)
+    name = next(name for name, file in weight_map.items() if file == "one.safetensors")
+    two = load_file(tmp_path / "two.safetensors")
+    save_file(two | {name: torch.zeros(1)}, tmp_path / "two.safetensors")
+    (tmp_path / reading.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"tensor {name} is in one.safetensors and in two.safe"):
+        TensorStore(tmp_path, {"a": (2,), "b": (3,), "c": (4,)})
+
+
+@pytest.mark.parametrize(
+    ("stored", "hint"),
+    [
+        (["model.a"], r"a is missing .*; model\.\* is what transformers calls them in memory"),
+        (["a", "layers.0.rotary_emb.inv_freq"], r"inv_freq \(1 in all\); .*buffer .* remove it$"),
+        (["a", "z"], r"unknown tensor z \(1 in all\)$"),
+    ],
+    ids=["memory", "rotary", "none"],
+)
+def test_names_from_elsewhere_get_a_hint(tmp_path: Path, stored: list[str], hint: str) -> None:
+    save_file({name: torch.zeros(2) for name in stored}, tmp_path / reading.WHOLE)
+    with pytest.raises(ValueError, match=hint):
+        TensorStore(tmp_path, {"a": (2,)})
+
+
 def test_other_tensors_and_types_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(2), "z": torch.zeros(3)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(2), "z": torch.zeros(3)}, tmp_path / reading.WHOLE)
     with pytest.raises(ValueError, match="unknown tensor z"):
         TensorStore(tmp_path, {"a": (2,)})
-    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / reading.WHOLE)
     with pytest.raises(ValueError, match="tensor a is stored as I8; must be one of F64, F32, BF16"):
         TensorStore(tmp_path, {"a": (2,)})
 
 
 def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     """Never zeros in place of what is gone."""
-    save_file({"a": torch.zeros(100)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(100)}, tmp_path / reading.WHOLE)
     store = TensorStore(tmp_path, {"a": (100,)})
-    with (tmp_path / "x.safetensors").open("r+b") as file:
+    with (tmp_path / reading.WHOLE).open("r+b") as file:
         file.truncate(300)
-    with pytest.raises(ValueError, match="x.safetensors: shard is truncated"):
+    with pytest.raises(ValueError, match="model.safetensors: shard is truncated"):
         store["a"].read()
