@@ -9,6 +9,8 @@ SITE := $(VENV)/docs-installed
 DEMO := runs/tiny
 # Settings that make the demo smaller, for CI: make demo DEMO=runs/ci DEMO_ARGS=debug=one_step
 DEMO_ARGS :=
+# Releases of transformers that must read what is written: tests/compat.
+COMPAT := 5.8.0 5.10.4 5.20.0 5.23.0 5.24.0
 
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -55,6 +57,19 @@ test-slurm: $(STAMP)  ## slurm/ and hydra/launcher=slurm on a real Slurm of one 
 docs: $(SITE)  ## build the guides in docs/ as a site, into build/docs; warnings are errors
 	$(BIN)/python -m sphinx -E -a -W --keep-going -q -d build/doctrees docs build/docs
 
+# Other releases of transformers with the tokenizers and the hub that they want, each in a folder for
+# PYTHONPATH: torch and all else are those of .venv.
+OF_5_8 := huggingface-hub==1.33.0 tokenizers==0.22.2
+OF_5_20 := huggingface-hub==2.4.0 tokenizers==0.23.3
+$(VENV)/compat-%/installed: $(STAMP) Makefile
+	rm -rf $(@D)
+	$(PIP) install --quiet --no-deps --target $(@D) transformers==$* \
+		$(if $(filter 5.8.0 5.10.4,$*),$(OF_5_8),$(OF_5_20))
+	touch $@
+
+test-compat: $(COMPAT:%=$(VENV)/compat-%/installed)  ## exports in other releases of transformers
+	$(BIN)/python -m pytest tests/compat/real.py -v -s
+
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +84,4 @@ format: $(STAMP)  ## mend style
 clean:  ## remove what the targets above have made, .venv and runs included
 	rm -rf $(VENV) runs out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-long test-slurm docs lint types format clean
+.PHONY: help install demo test test-long test-slurm test-compat docs lint types format clean

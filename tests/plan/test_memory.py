@@ -64,9 +64,10 @@ both_ways = pytest.mark.parametrize("checkpointing", [False, True], ids=["all", 
 
 @cache
 def base(checkpointing: bool, precision: str = "32-true") -> RunConfig:
-    """One CPU process."""
+    """One CPU process; weights in bfloat16 are a matter of ZeRO, which plans a pass alike."""
     config = settings(
         Path("unused"),
+        f"trainer.strategy={'zero1' if precision == 'bf16-true' else 'single'}",
         f"parent.activation_checkpointing={checkpointing}",
         f"trainer.precision={precision}",
     )
