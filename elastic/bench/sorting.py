@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elastic.bench.measure import resident_peak
 from elastic.config import ParentShape
-from elastic.importance import Orders, Ranking, sort_checkpoint
+from elastic.importance import Orders, sort_checkpoint
 from elastic.parent.weights import open_weights
 from elastic.storage.files import atomic_directory
 
@@ -20,7 +20,7 @@ def sort(checkpoint: Path, output: Path, seed: int) -> tuple[float, int]:
     orders = random_orders(open_weights(checkpoint)[0], torch.Generator().manual_seed(seed))
     start = time.perf_counter()
     with atomic_directory(output) as temporary:
-        sort_checkpoint(checkpoint, temporary, Ranking(orders, (), "random", []))
+        sort_checkpoint(checkpoint, temporary, orders, "random")
     return time.perf_counter() - start, resident_peak()
 
 

@@ -218,6 +218,12 @@ class ImportanceConfig:
     """Tokens per calibration sequence."""
     batch_size: int = 1
     """Calibration sequences per forward pass."""
+    hidden: str = "auto"
+    """Basis of the residual stream: `rotate` to its principal directions, `sort` its coordinates
+    (the paper), or `auto`: rotate, but sort where embedding and head are tied."""
+    spread: bool = False
+    """Rotate at random inside each segment between neighbouring hidden sizes, which evens out the
+    channels; every member keeps the same directions."""
     ffn_score: str = "post_activation"
     """`post_activation` scores the input of the second MLP matrix, `pre_activation` is the paper's
     form."""
@@ -244,9 +250,37 @@ class ImportanceConfig:
             "depth_positions",
         ):
             require(getattr(self, name) > 0, f"importance.{name}", getattr(self, name), "positive")
+        one_of("importance.hidden", self.hidden, ("auto", "rotate", "sort"))
+        require(
+            not self.spread or self.hidden != "sort",
+            "importance.spread",
+            self.spread,
+            "false with importance.hidden=sort, which has no directions to spread",
+        )
         one_of("importance.ffn_score", self.ffn_score, ("post_activation", "pre_activation"))
         one_of("importance.aggregation", self.aggregation, ("sum", "mean_l2"))
         one_of("importance.depth_method", self.depth_method, ("iterative", "one_pass"))
+
+    def rotates(self, tied_head: bool) -> bool:
+        """Whether the residual stream of a parent is rotated.
+
+        Raises:
+            ConfigError: it was asked for, and embedding and head are one tensor.
+        """
+        require(
+            self.hidden != "rotate" or not tied_head,
+            "importance.hidden",
+            "rotate",
+            "sort (or auto) for this parent: its head is tied to the embedding, and the final "
+            "norm's weights can be folded only into a head of its own",
+        )
+        require(
+            not self.spread or not tied_head,
+            "importance.spread",
+            self.spread,
+            "false for this parent, whose tied head lets the stream only be sorted",
+        )
+        return self.hidden != "sort" and not tied_head
 
 
 @dataclass(kw_only=True)

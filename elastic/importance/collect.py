@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic.config import ImportanceConfig
 from elastic.console import Bar
+from elastic.importance.basis import GatedStatistic, StreamStatistic, stream_norms
 from elastic.importance.score import normalised_error
 from elastic.members.architecture import Architecture, droppable_layers
 from elastic.parent import HybridParent
@@ -50,11 +52,31 @@ def _heads_of(statistic: _Statistic, heads: int, part: slice) -> Callable[[Tenso
     return lambda values: statistic.add(values[..., part].unflatten(-1, (heads, -1)))
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What forward passes over calibration text leave."""
+
+    scores: dict[str, Tensor]
+    """`hidden` (d,) over the outputs of all norms, and per layer `layer.<index>`: (f,) for an MLP,
+    (h, p) for Mamba's x projection, (q, head_dim) for the input of attention's output matrix."""
+    covariances: dict[str, Tensor]
+    """Norm of the stream by its stored name -> (d, d) float64, of its normalised inputs."""
+    gated: dict[str, Tensor]
+    """Gated norm by its stored name -> (units,), shares of energy within each group."""
+
+
 @contextmanager
-def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[str, _Statistic]]:
+def _observing(
+    parent: HybridParent, config: ImportanceConfig
+) -> Iterator[tuple[dict[str, _Statistic], dict[str, StreamStatistic], dict[str, GatedStatistic]]]:
     """Hooks that add to the statistics while the block runs."""
     shape = parent.shape
     statistics = {"hidden": _Statistic(config.aggregation)}
+    norms: list[Any] = [*(block.norm for block in parent.backbone.layers), parent.backbone.norm_f]
+    streams = {
+        name: StreamStatistic(norm) for name, norm in zip(stream_norms(shape), norms, strict=True)
+    }
+    gated: dict[str, GatedStatistic] = {}
     hooks = []
 
     def output_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
@@ -63,6 +85,8 @@ def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[
     def input_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
         hooks.append(module.register_forward_pre_hook(lambda _m, inputs: use(inputs[0])))
 
+    for norm, stream in zip(norms, streams.values(), strict=True):
+        input_of(norm, stream.add)
     output_of(parent.backbone.norm_f, statistics["hidden"].add)
     block: Any  # nn.Module attributes have no types
     for index, block in enumerate(parent.backbone.layers):
@@ -79,26 +103,32 @@ def _observing(parent: HybridParent, config: ImportanceConfig) -> Iterator[dict[
             inner = shape.mamba_num_heads * shape.mamba_head_dim
             use = _heads_of(statistic, shape.mamba_num_heads, slice(inner, 2 * inner))
             output_of(mixer.in_proj, use)
+            own = gated[f"backbone.layers.{index}.mixer.norm.weight"] = GatedStatistic(
+                shape.n_groups
+            )
+            mixer.observe = own.add
     try:
-        yield statistics
+        yield statistics, streams, gated
     finally:
         for hook in hooks:
             hook.remove()
+        for block in parent.backbone.layers:
+            if block.kind == "mamba":
+                block.mixer.observe = None
 
 
 @torch.no_grad()
-def collect_scores(
-    parent: HybridParent, calibration: Calibration, config: ImportanceConfig
-) -> dict[str, Tensor]:
-    """Statistics of every width axis (arXiv 2511.16664, section 3.1), by forward passes alone.
-
-    Returns `hidden` (d,) over the outputs of all norms, and per layer `layer.<index>`: (f,) for an
-    MLP, (h, p) for Mamba's x projection, (q, head_dim) for the input of attention's output matrix.
-    """
-    with _observing(parent, config) as statistics:
+def collect(parent: HybridParent, calibration: Calibration, config: ImportanceConfig) -> Statistics:
+    """Statistics of every width axis (arXiv 2511.16664, section 3.1) and of every norm's inputs, by
+    forward passes alone."""
+    with _observing(parent, config) as (scores, streams, gated):
         for batch in _progress(calibration[: config.samples].split(config.batch_size), "width"):
             parent(batch)
-    return {name: statistic.value for name, statistic in statistics.items()}
+    return Statistics(
+        {name: statistic.value for name, statistic in scores.items()},
+        {name: statistic.value for name, statistic in streams.items()},
+        {name: statistic.value for name, statistic in gated.items()},
+    )
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.config import ImportanceConfig, ParentShape
-from elastic.importance.collect import collect_scores, rank_layers
+from elastic.importance.basis import (
+    energies,
+    energy_shares,
+    gated_norms,
+    principal_directions,
+    spread,
+    stream_norms,
+)
+from elastic.importance.collect import Statistics, collect, rank_layers
 from elastic.importance.score import Orders, rank_widths
+from elastic.importance.sort import mamba_units
 from elastic.members.architecture import Space
 from elastic.parent import HybridParent
 from elastic.parent.weights import open_weights
@@ -33,6 +42,18 @@ class Ranking:
     drop_order: tuple[int, ...]
     key: str
     depth_errors: list[dict[int, float]]
+    energies: dict[str, Tensor]
+    """Norm by its stored name -> share of each channel in its input's energy, float32, full width,
+    in the basis that the parent is brought into; a gated norm's within each of its groups."""
+    found: Tensor
+    """(d,): the same for the stream, mean over its norms, in the coordinates as found."""
+
+    def shares(self, space: Space) -> dict[str, dict[str, float]]:
+        """The `energy` entry of elastic.json: what each hidden size keeps, beside as many best
+        coordinates."""
+        names = stream_norms(space.shape)
+        of_stream = {name: self.energies[name] for name in names}
+        return energy_shares(of_stream, self.found, space.choices["hidden"])
 
     def to_json(self, config: ImportanceConfig) -> dict[str, Any]:
         """The `ranking` entry of elastic.json."""
@@ -77,18 +98,20 @@ def rank(
             "calibration": list(calibration.shape),
             "settings": asdict(config),
             "dropped": space.max_dropped,
+            "widths": space.choices["hidden"] if config.spread else None,
             "seed": seed,
         }
     )
     stored = _read(path)
     if stored is None or stored[1].get("key") != key:
         parent = load()
-        scores = collect_scores(parent, calibration, config)
+        statistics = collect(parent, calibration, config)
+        tensors = _tensors(parent, statistics, config, space, seed)
         generator = torch.Generator().manual_seed(seed)
         order, rounds = rank_layers(parent, calibration, config, space.max_dropped, generator)
         with atomic_file(path) as temporary:
             depth = json.dumps({"order": order, "rounds": rounds})
-            save_file(scores, temporary, {"key": key, "depth": depth})
+            save_file(tensors, temporary, {"key": key, "depth": depth})
         log.info("importance scores written to %s", path)
     else:
         log.info("importance scores reused from %s", path)
@@ -104,13 +127,56 @@ def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Rank
     depth = json.loads(metadata["depth"])
     rounds = [{int(layer): error for layer, error in trial.items()} for trial in depth["rounds"]]
     orders = rank_widths(shape, scores, smallest_head_dim)
-    return Ranking(orders, tuple(depth["order"]), metadata["key"], rounds)
+    orders = replace(orders, rotation=scores.get("rotation"))
+    found = torch.stack([scores[f"found.{name}"] for name in stream_norms(shape)]).mean(0)
+    return Ranking(
+        orders,
+        tuple(depth["order"]),
+        metadata["key"],
+        rounds,
+        _energies(shape, scores, orders),
+        found,
+    )
+
+
+def _tensors(
+    parent: HybridParent, statistics: Statistics, config: ImportanceConfig, space: Space, seed: int
+) -> dict[str, Tensor]:
+    """All that is stored of the widths: scores, energies as found and rotated, the rotation."""
+    tensors = dict(statistics.scores)
+    found = energies(statistics.covariances, None) | statistics.gated
+    tensors |= {f"found.{name}": energy for name, energy in found.items()}
+    if config.rotates(parent.shape.tied_head):
+        rotation = principal_directions(parent, statistics.covariances)
+        if config.spread:
+            generator = torch.Generator().manual_seed(seed)
+            rotation = spread(rotation, space.choices["hidden"], generator)
+        turned = energies(statistics.covariances, rotation)
+        tensors |= {f"energy.{name}": energy for name, energy in turned.items()}
+        tensors["rotation"] = rotation.contiguous()
+    return tensors
+
+
+def _energies(
+    shape: ParentShape, scores: Mapping[str, Tensor], orders: Orders
+) -> dict[str, Tensor]:
+    """Energies in the basis of the orders."""
+    if orders.rotation is not None:
+        found = {name: scores[f"energy.{name}"] for name in stream_norms(shape)}
+    else:
+        found = {name: scores[f"found.{name}"][orders.hidden] for name in stream_norms(shape)}
+    for name in gated_norms(shape):
+        units = mamba_units(shape, orders, int(name.split(".")[2]))
+        found[name] = scores[f"found.{name}"][units]
+    return found
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Scores and metadata of a ranking file; None when there is none, or none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            # Copies: a map of a file that is replaced or cut short later would end the process.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            return tensors, file.metadata() or {}
     except (OSError, SafetensorError):
         return None

@@ -23,6 +23,9 @@ class Orders:
     mamba_heads: dict[int, Tensor]
     mamba_channels: dict[int, Tensor]
     attention_heads: dict[int, Tensor]
+    rotation: Tensor | None = None
+    """(d, d) float64, orthogonal: the residual stream is rotated instead of permuted, and column j
+    is the j-th direction; `hidden` is not read then."""
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def mamba_orders(scores: Tensor, groups: int, kept_channels: int) -> tuple[Tenso
 
 
 def rank_widths(shape: ParentShape, scores: Mapping[str, Tensor], smallest_head_dim: int) -> Orders:
-    """Orders on every width axis from the statistics of `collect.collect_scores`."""
+    """Orders on every width axis from the scores of `collect.Statistics`."""
     ffn, heads, channels, attention = {}, {}, {}, {}
     for index, kind in enumerate(shape.kinds):
         score = scores[f"layer.{index}"]

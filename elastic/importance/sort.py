@@ -1,11 +1,14 @@
-"""Permute the parent's weights once, so that members are prefixes; the function stays the same.
+"""Bring the parent's weights into their basis once, so that members are prefixes; the function
+stays the same.
 
-One table holds the permutation of every tensor; it is applied to a model in memory, and to a
-checkpoint on disk row block by row block.
+One table holds what happens to every tensor: its rows and columns are permuted, or rotated along
+the residual stream. It is applied to a model in memory, and to a checkpoint on disk row block by
+row block.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elastic.config import ParentShape
-from elastic.importance.rank import Ranking
+from elastic.importance.basis import FINAL, check_rotation, readers, stream_norms
 from elastic.importance.score import Orders
 from elastic.members.cut import Ranges, tensor_shapes
 from elastic.parent import HybridParent
@@ -25,14 +28,25 @@ from elastic.parent.weights import open_weights, save_weights
 from elastic.storage.ahead import ahead
 from elastic.storage.files import write_json
 from elastic.storage.progress import Progress
-from elastic.storage.reading import StoredTensor
+from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
 from elastic.storage.writing import Pending
 
 RANKING = "ranking.json"
 """File with the ranking that a checkpoint was sorted by."""
 
-Permutation = tuple[Tensor | None, Tensor | None]
-"""Order of the rows and of the columns of a tensor; entry 0 is what comes first, None: as it is."""
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a tensor: orders of its rows and columns (entry 0 is the index of what comes
+    first, None leaves them), and its side along the residual stream, where that is rotated."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    turned: str | None = None
+    """`rows`: Q^T W, `columns`: W Q, after the orders; `ones`: a norm whose weights are folded into
+    its readers."""
+    gain: str | None = None
+    """Stored name of the norm whose weights are folded into the columns before they are turned."""
 
 
 def head_units(order: Tensor, width: int) -> Tensor:
@@ -41,7 +55,10 @@ def head_units(order: Tensor, width: int) -> Tensor:
 
 
 def check_orders(shape: ParentShape, orders: Orders) -> None:
-    """Assert that heads stay inside their group: B and C, K and V belong to the group."""
+    """Assert that heads stay inside their group, to which B and C, K and V belong, and that a
+    rotation is orthogonal."""
+    if orders.rotation is not None:
+        check_rotation(orders.rotation)
     for order, groups in (
         *((order, shape.n_groups) for order in orders.mamba_heads.values()),
         *((order, shape.num_key_value_heads) for order in orders.attention_heads.values()),
@@ -51,117 +68,182 @@ def check_orders(shape: ParentShape, orders: Orders) -> None:
         assert torch.equal(order // size, group), "a head left its group"
 
 
-def permutations(shape: ParentShape, orders: Orders) -> dict[str, Permutation]:
-    """How every stored tensor is reordered (arXiv 2511.16664, section 3.1), by its name."""
-    hidden = orders.hidden
-    table: dict[str, Permutation] = {
-        "backbone.embeddings.weight": (None, hidden),
-        "lm_head.weight": (None, hidden),
-        "backbone.norm_f.weight": (hidden, None),
+def changes(shape: ParentShape, orders: Orders) -> dict[str, Change]:
+    """What becomes of every stored tensor (arXiv 2511.16664, section 3.1), by its name."""
+    stream = orders.hidden  # the object itself marks the sides along the stream
+    table: dict[str, tuple[Tensor | None, Tensor | None]] = {
+        "backbone.embeddings.weight": (None, stream),
+        "lm_head.weight": (None, stream),
+        FINAL: (stream, None),
     }
     for index, kind in enumerate(shape.kinds):
-        layer: dict[str, Permutation]
+        layer: dict[str, tuple[Tensor | None, Tensor | None]]
         if kind == "mlp":
             ffn = orders.ffn[index]
-            layer = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+            layer = {"up_proj.weight": (ffn, stream), "down_proj.weight": (stream, ffn)}
         elif kind == "attention":
             units = head_units(orders.attention_heads[index], shape.head_dim)
             layer = {
-                "q_proj.weight": (units, hidden),
-                "k_proj.weight": (None, hidden),
-                "v_proj.weight": (None, hidden),
-                "o_proj.weight": (hidden, units),
+                "q_proj.weight": (units, stream),
+                "k_proj.weight": (None, stream),
+                "v_proj.weight": (None, stream),
+                "o_proj.weight": (stream, units),
             }
         else:
-            heads, channels = orders.mamba_heads[index], orders.mamba_channels[index]
-            layer = _mamba(shape, hidden, heads, channels)
+            layer = _mamba(shape, orders, index)
         prefix = f"backbone.layers.{index}"
-        table[f"{prefix}.norm.weight"] = (hidden, None)
+        table[f"{prefix}.norm.weight"] = (stream, None)
         table |= {f"{prefix}.mixer.{name}": entry for name, entry in layer.items()}
-    return table
+    if orders.rotation is None:
+        return {name: Change(*sides) for name, sides in table.items()}
+    folded = {name: norm for norm in stream_norms(shape) for name in readers(shape, norm)}
+    found = {}
+    for name, (rows, columns) in table.items():
+        if name in stream_norms(shape):
+            found[name] = Change(turned="ones")
+        elif rows is stream:
+            found[name] = Change(None, columns, "rows")
+        elif columns is stream:
+            found[name] = Change(rows, None, "columns", folded.get(name))
+        else:
+            found[name] = Change(rows, columns)
+    return found
+
+
+def mamba_units(shape: ParentShape, orders: Orders, index: int) -> Tensor:
+    """Order of a layer's inner units (h * p,): heads within groups, channels alike in every
+    head."""
+    heads, channels = orders.mamba_heads[index], orders.mamba_channels[index]
+    return (heads[:, None] * shape.mamba_head_dim + channels).flatten()
 
 
 def _mamba(
-    shape: ParentShape, hidden: Tensor, heads: Tensor, channels: Tensor
-) -> dict[str, Permutation]:
-    """Heads within groups, channels alike in every head; B and C are not touched."""
-    units = (heads[:, None] * shape.mamba_head_dim + channels).flatten()  # (h * p,)
+    shape: ParentShape, orders: Orders, index: int
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """B and C are not touched."""
+    heads, units = orders.mamba_heads[index], mamba_units(shape, orders, index)
     inner = units.numel()
     state = torch.arange(2 * shape.n_groups * shape.ssm_state_size)
     rows = [units, inner + units, 2 * inner + state, 2 * inner + state.numel() + heads]
     convolved = torch.cat([units, inner + state])  # x, B and C
     return {
-        "in_proj.weight": (torch.cat(rows), hidden),  # z, x, B and C, dt
+        "in_proj.weight": (torch.cat(rows), orders.hidden),  # z, x, B and C, dt
         "conv1d.weight": (convolved, None),
         "conv1d.bias": (convolved, None),
         "A_log": (heads, None),
         "D": (heads, None),
         "dt_bias": (heads, None),
         "norm.weight": (units, None),
-        "out_proj.weight": (hidden, units),
+        "out_proj.weight": (orders.hidden, units),
     }
 
 
 @torch.no_grad()
 def sort_parent(parent: HybridParent, orders: Orders, check: bool = True) -> None:
-    """Reorder every tensor in place.
+    """Change every tensor in place.
 
-    `check=False` is for the test that shows why heads must stay in their group.
+    `check=False` is for tests that show why heads must stay in their group, and why a rotation must
+    be orthogonal.
     """
     if check:
         check_orders(parent.shape, orders)
-    table = permutations(parent.shape, orders)
-    for name, weight in parent.named_parameters():  # a tied head comes once
-        for dim, order in enumerate(table[name]):
+    assert orders.rotation is None or not parent.shape.tied_head, "a tied head cannot be rotated"
+    table = changes(parent.shape, orders)
+    weights = dict(parent.named_parameters())  # a tied head comes once
+    gains = {name: weights[name].clone() for name in stream_norms(parent.shape)}
+    for name, weight in weights.items():
+        change = table[name]
+        for dim, order in enumerate((change.rows, change.columns)):
             if order is not None:
                 weight.copy_(weight.index_select(dim, order.to(weight.device)))
+        if change.turned == "ones":
+            weight.fill_(1.0)
+        elif change.turned is not None:
+            assert orders.rotation is not None
+            rotation = orders.rotation.to(weight)
+            if change.turned == "rows":
+                weight.copy_(rotation.T @ weight)
+            else:
+                gain = 1.0 if change.gain is None else gains[change.gain]
+                weight.copy_((weight * gain) @ rotation)
 
 
 def sort_checkpoint(
     source: Path,
     target: Path,
-    ranking: Ranking,
+    orders: Orders,
+    key: str,
     max_shard_bytes: int = 4_000_000_000,
 ) -> None:
-    """Write a checkpoint, sorted, into an existing directory, a row block at a time.
+    """Write a checkpoint in its basis into an existing directory, a row block at a time.
 
     Every tensor keeps its type, and tokenizer and config files are copied. In memory there are a
-    few row blocks, whatever the size of the checkpoint.
+    few row blocks, whatever the size of the checkpoint; with a rotation, the rotation in float32
+    and one projection into the stream too.
 
     Raises:
         ValueError: the source is not a whole Nemotron-H checkpoint.
         OSError: there is not enough space; nothing is written.
     """
     shape, store = open_weights(source)
-    check_orders(shape, ranking.orders)
-    table = permutations(shape, ranking.orders)
+    check_orders(shape, orders)
+    table = changes(shape, orders)
+    rotation = orders.rotation
+    if rotation is not None:
+        rotation = rotation.float()
+        assert not shape.tied_head, "a tied head cannot be rotated"
     tensors = []
     for name, size in tensor_shapes(shape).items():
-        blocks = partial(_sorted_blocks, store[name], table[name])
+        blocks = partial(_changed_blocks, store, name, table[name], rotation)
         tensors.append(Pending(name, size, store[name].dtype, blocks))
     with Progress(sum(tensor.bytes for tensor in tensors), "sorting") as progress:
         save_weights(target, shape, tensors, read_config(source), max_shard_bytes, progress)
     copy_small_files(source, target)
-    write_json(target / RANKING, {"key": ranking.key})
+    write_json(target / RANKING, {"key": key})
 
 
-def is_sorted(directory: Path, ranking: Ranking) -> bool:
+def is_sorted(directory: Path, key: str) -> bool:
     """Whether `sort_checkpoint` has written this directory, after that ranking."""
     try:
         found = json.loads((directory / RANKING).read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == {"key": ranking.key})
+    return bool(found == {"key": key})
 
 
-def _sorted_blocks(stored: StoredTensor, permutation: Permutation) -> Iterator[Tensor]:
+def _changed_blocks(
+    store: TensorStore, name: str, change: Change, rotation: Tensor | None
+) -> Iterator[Tensor]:
+    """A tensor in its new basis, by row blocks; products are in float32."""
+    stored = store[name]
+    if change.turned == "ones":
+        yield torch.ones(stored.shape, dtype=stored.dtype)
+        return
+    if change.turned is None:
+        yield from ahead(_sorted_blocks(stored, change))  # writing does not wait for it
+        return
+    assert rotation is not None
+    if change.turned == "columns":
+        gain = 1.0 if change.gain is None else store[change.gain].read(dtype=torch.float32)
+        for block in ahead(_sorted_blocks(stored, change)):
+            yield ((block.float() * gain) @ rotation).to(stored.dtype)
+        return
+    whole = stored.read(dtype=torch.float32)
+    if change.columns is not None:
+        whole = _with_columns(whole, change.columns)
+    rows = max(1, BLOCK_BYTES // (whole[0].numel() * stored.dtype.itemsize))
+    for turn in rotation.split(rows, dim=1):
+        yield (turn.T @ whole).to(stored.dtype)
+
+
+def _sorted_blocks(stored: StoredTensor, change: Change) -> Iterator[Tensor]:
     """Rows are read in their new order, columns reordered in memory."""
-    rows, columns = permutation
-    cut = None if rows is None else (_runs(rows), *(None for _ in stored.shape[1:]))
-    if cut is not None:
+    cut = None
+    if change.rows is not None:
+        cut = (_runs(change.rows), *(None for _ in stored.shape[1:]))
         stored.prefetch()
-    for block in ahead(stored.blocks(cut, once=cut is None)):  # writing does not wait for it
-        yield block if columns is None else _with_columns(block, columns)
+    for block in stored.blocks(cut, once=cut is None):
+        yield block if change.columns is None else _with_columns(block, change.columns)
     if cut is not None:
         stored.forget()
 

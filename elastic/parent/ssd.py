@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,8 @@ class MambaMixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.norm = GatedRMSNorm(inner, shape.n_groups, shape.norm_eps)
         self.out_proj = Linear(inner, shape.hidden_size)
+        self.observe: Callable[[Tensor], None] | None = None
+        """Is given the inputs of the gated norm, (b, t, h * p), where somebody measures them."""
 
     def forward(
         self,
@@ -180,10 +183,10 @@ class MambaMixer(nn.Module):
         projected = self.in_proj(u, cuts.get("mixer.in_proj.weight"))
         units = self._units(keep)
         share = 1.0 if units is None else keep.share
-        if self.kernels == "mamba_ssm" and share is not None:
+        if self.kernels == "mamba_ssm" and share is not None and self.observe is None:
             if fused_kernel_takes(inner + 2 * self.state, self.shape.conv_kernel):
                 return self._fused_kernel(projected, channels, cuts, units, share, documents)
-        if self.kernels == "torch" and documents is None:
+        if self.kernels == "torch" and documents is None and self.observe is None:
             core = self._core(projected, cuts, units)
             return self.out_proj(core, cuts.get("mixer.out_proj.weight"))
         gate, convolved, dt = projected.split([inner, inner + 2 * self.state, heads], dim=-1)
@@ -204,6 +207,8 @@ class MambaMixer(nn.Module):
             self.kernels,
             documents,
         ).flatten(-2)  # (b, t, h * p)
+        if self.observe is not None:
+            self.observe(y.float() * F.silu(gate.float()))
         return self.out_proj(self.norm(y, gate, cuts, units), cuts.get("mixer.out_proj.weight"))
 
     def _core(self, projected: Tensor, cuts: Cuts, units: Tensor | None) -> Tensor:

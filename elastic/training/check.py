@@ -36,6 +36,7 @@ def check(config: RunConfig, place: Place) -> Setup:
         _sizes(config, config.parent.shape)  # before a download of hours
     source, parent_config, shape = find_parent(config)
     sizes = _sizes(config, shape)
+    config.importance.rotates(shape.tied_head)  # refuses what this parent cannot do
     check_objective(config.objective, shape.vocab_size)
     device = find_device(config.trainer)
     check_zero(config.trainer, device)

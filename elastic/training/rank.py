@@ -30,6 +30,12 @@ def rank_parent(setup: Setup) -> Ranking:
             setup.data.fingerprint,
             scores,
         )
+    what = "coordinates" if ranking.orders.rotation is None else "directions"
+    for width, share in list(ranking.shares(setup.space).items())[1:]:
+        log.info(
+            "hidden %s: the first %s hold %.1f%% of the energy, as many best coordinates %.1f%%",
+            width, what, 100 * share["basis"], 100 * share["coordinates"],
+        )  # fmt: skip
     if ranking.drop_order:
         kinds = setup.shape.kinds
         order = ", ".join(f"{kinds[layer]} {layer}" for layer in ranking.drop_order)
@@ -41,8 +47,12 @@ def sorted_parent(setup: Setup, ranking: Ranking) -> HybridParent:
     """Where elastic training starts; sorted on disk by the first process, once."""
     directory = setup.run_dir / "sorted"
     with first_alone(setup.place):
-        if setup.place.rank == 0 and not is_sorted(directory, ranking):
-            log.info("sorting the weights into %s", directory)
+        if setup.place.rank == 0 and not is_sorted(directory, ranking.key):
+            log.info(
+                "%s the weights into %s",
+                "sorting" if ranking.orders.rotation is None else "rotating",
+                directory,
+            )
             with atomic_directory(directory, replace=True) as temporary:
-                sort_checkpoint(setup.original, temporary, ranking)
+                sort_checkpoint(setup.original, temporary, ranking.orders, ranking.key)
     return load(setup, directory)

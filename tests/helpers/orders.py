@@ -23,6 +23,7 @@ def identity_orders(shape: ParentShape) -> Orders:
         if isinstance(order, Tensor)
         else {index: values.sort().values for index, values in order.items()}
         for name, order in vars(orders).items()
+        if order is not None
     }
     return Orders(**axes)
 
@@ -32,3 +33,15 @@ def one_axis(shape: ParentShape, axis: str, seed: int) -> Orders:
     return dataclasses.replace(
         identity_orders(shape), **{axis: getattr(random_orders(shape, seed), axis)}
     )
+
+
+def random_rotation(size: int, seed: int) -> Tensor:
+    """(size, size) float64, orthogonal."""
+    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.linalg.qr(drawn).Q
+
+
+def rotated_orders(shape: ParentShape, seed: int) -> Orders:
+    """Random legal orders of the inner axes, and a random rotation of the stream."""
+    rotation = random_rotation(shape.hidden_size, seed)
+    return dataclasses.replace(random_orders(shape, seed), rotation=rotation)

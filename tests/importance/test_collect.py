@@ -13,7 +13,7 @@ from helpers.strategies import assert_near, random_parent, random_tokens, tiny_s
 from torch import Tensor
 
 from elastic.config import ConfigError, ImportanceConfig, ParentShape
-from elastic.importance.collect import collect_scores, rank_layers
+from elastic.importance.collect import collect, rank_layers
 from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
 from elastic.parent.layers import LayerKeep
@@ -84,7 +84,7 @@ def observed(parent: HybridParent, tokens: Tensor, ffn_score: str) -> dict[str, 
 def test_sums_are_those_of_absolute_activations(ffn_score: str, seed: int) -> None:
     """`hidden` runs over every norm, the final one included."""
     parent, tokens = random_parent(SHAPE, seed), random_tokens(SHAPE, batch=5, seed=seed)
-    scores = collect_scores(parent, tokens, settings(ffn_score=ffn_score))
+    scores = collect(parent, tokens, settings(ffn_score=ffn_score)).scores
     found = observed(parent, tokens, ffn_score)
     assert scores.keys() == found.keys()
     assert len(found["hidden"]) == len(SHAPE.pattern) + 1
@@ -97,7 +97,7 @@ def test_sums_are_those_of_absolute_activations(ffn_score: str, seed: int) -> No
 def test_mean_l2_is_the_norm_over_sequences_of_the_mean_over_time(ffn_score: str) -> None:
     """For `hidden` the norm runs over the outputs of all norms as well."""
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    scores = collect_scores(parent, tokens, settings(ffn_score=ffn_score, aggregation="mean_l2"))
+    scores = collect(parent, tokens, settings(ffn_score=ffn_score, aggregation="mean_l2")).scores
     for name, activations in observed(parent, tokens, ffn_score).items():
         squares = sum(values.double().abs().mean(1).square().sum(0) for values in activations)
         assert_near(scores[name], squares.sqrt())
@@ -113,8 +113,8 @@ def test_the_two_ffn_scores_rank_differently() -> None:
         parent.backbone.layers[1].norm.weight.abs_()
         parent.backbone.embeddings.weight.abs_()
         parent.backbone.layers[0].mixer.out_proj.weight.zero_()
-    before = collect_scores(parent, tokens, settings(ffn_score="pre_activation"))["layer.1"]
-    after = collect_scores(parent, tokens, settings(ffn_score="post_activation"))["layer.1"]
+    before = collect(parent, tokens, settings(ffn_score="pre_activation")).scores["layer.1"]
+    after = collect(parent, tokens, settings(ffn_score="post_activation")).scores["layer.1"]
     assert before.argmax() == 3 and before.min() > 0
     assert after[3] == 0 and (after > 0).sum() == after.numel() - 1
 
@@ -122,19 +122,19 @@ def test_the_two_ffn_scores_rank_differently() -> None:
 @pytest.mark.parametrize("aggregation", ["sum", "mean_l2"])
 def test_batch_size_does_not_matter(aggregation: str) -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    whole = collect_scores(parent, tokens, settings(batch_size=5, aggregation=aggregation))
+    whole = collect(parent, tokens, settings(batch_size=5, aggregation=aggregation)).scores
     for batch_size in (1, 2, 3):
         split = settings(batch_size=batch_size, aggregation=aggregation)
-        for name, score in collect_scores(parent, tokens, split).items():
+        for name, score in collect(parent, tokens, split).scores.items():
             assert_near(score, whole[name])
 
 
 def test_only_the_asked_number_of_samples_is_read() -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    three = collect_scores(parent, tokens, settings(samples=3))
-    for name, score in collect_scores(parent, tokens[:3], settings()).items():
+    three = collect(parent, tokens, settings(samples=3)).scores
+    for name, score in collect(parent, tokens[:3], settings()).scores.items():
         assert torch.equal(three[name], score)
-    assert not torch.equal(three["hidden"], collect_scores(parent, tokens, settings())["hidden"])
+    assert not torch.equal(three["hidden"], collect(parent, tokens, settings()).scores["hidden"])
 
 
 def hooks(parent: HybridParent) -> int:
@@ -143,7 +143,7 @@ def hooks(parent: HybridParent) -> int:
 
 def test_hooks_and_gradients_are_gone_afterwards() -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE)
-    scores = collect_scores(parent, tokens, settings())
+    scores = collect(parent, tokens, settings()).scores
     assert hooks(parent) == 0
     assert not any(score.requires_grad for score in scores.values())
     assert all(weight.grad is None for weight in parent.parameters())
@@ -152,14 +152,14 @@ def test_hooks_and_gradients_are_gone_afterwards() -> None:
 def test_hooks_are_gone_after_a_failure_too() -> None:
     parent = random_parent(SHAPE)
     with pytest.raises(IndexError):
-        collect_scores(parent, torch.full((2, 9), SHAPE.vocab_size), settings())
+        collect(parent, torch.full((2, 9), SHAPE.vocab_size), settings())
     assert hooks(parent) == 0
 
 
 def test_collecting_changes_no_weight() -> None:
     parent = random_parent(SHAPE)
     before = {name: weight.clone() for name, weight in parent.state_dict().items()}
-    collect_scores(parent, random_tokens(SHAPE), settings())
+    collect(parent, random_tokens(SHAPE), settings())
     rank_layers(parent, random_tokens(SHAPE), settings(), 2, torch.Generator())
     for name, weight in parent.state_dict().items():
         assert torch.equal(weight, before[name])

@@ -75,7 +75,8 @@ def flat(orders: Orders) -> list[list[int]]:
     """All orders as lists, so that they can be compared."""
     per_layer = (orders.ffn, orders.mamba_heads, orders.mamba_channels, orders.attention_heads)
     lists = [order.tolist() for axis in per_layer for _, order in sorted(axis.items())]
-    return [orders.hidden.tolist(), *lists]
+    assert orders.rotation is not None
+    return [orders.hidden.tolist(), *lists, orders.rotation.flatten().tolist()]
 
 
 def same(one: Ranking, other: Ranking) -> bool:
@@ -138,6 +139,7 @@ CHANGES = {
     "data": lambda s: s | {"data_fingerprint": "other text"},
     "amount of data": lambda s: s | {"calibration": s["calibration"][:3]},
     "seed": lambda s: s | {"seed": 1},
+    "basis": lambda s: s | {"config": dataclasses.replace(CONFIG, spread=True)},
     "smallest depth": lambda s: s | {"space": space(depth=[6, 5, 3])},
 }
 
@@ -173,6 +175,9 @@ def test_other_widths_use_the_same_scores(
 def test_stored_scores_order_heads_for_the_head_dim_at_hand(tmp_path: Path) -> None:
     shape = tiny_shape(pattern="M", mamba_num_heads=2, mamba_head_dim=2, n_groups=1)
     scores = {"hidden": torch.ones(13), "layer.0": torch.tensor([[3.0, 4.0], [4.0, 0.0]])}
+    for name, size in tensor_shapes(shape).items():
+        if "norm" in name:
+            scores[f"found.{name}"] = torch.ones(size)
     path = tmp_path / "importance.safetensors"
     save_file(scores, path, {"key": "any", "depth": '{"order": [], "rounds": []}'})
     assert read_ranking(path, shape, 1).orders.mamba_heads[0].tolist() == [1, 0]

@@ -96,7 +96,7 @@ def test_mamba_heads_stay_in_their_group() -> None:
 
 
 def random_scores(shape: ParentShape, seed: int = 0) -> dict[str, Tensor]:
-    """Statistics of the form that `collect_scores` returns."""
+    """Statistics of the form that `collect` returns."""
     generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, tuple[int, ...]] = {
         "mamba": (shape.mamba_num_heads, shape.mamba_head_dim),

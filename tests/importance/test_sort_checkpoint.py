@@ -12,17 +12,13 @@ from helpers.orders import identity_orders, random_orders
 from helpers.strategies import random_parent, tiny_shape
 from safetensors.torch import load_file, save_file
 
-from elastic.importance import Orders, Ranking, is_sorted, sort_checkpoint, sort_parent
+from elastic.importance import is_sorted, sort_checkpoint, sort_parent
 from elastic.members.cut import tensor_shapes
 from elastic.parent.weights import load_parent, save_parent, save_weights
 from elastic.storage.files import write_json
 from elastic.storage.writing import Pending
 
 SHAPE = tiny_shape(pattern="M-*M-")
-
-
-def ranking(orders: Orders) -> Ranking:
-    return Ranking(orders, (), "key", [])
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -55,7 +51,7 @@ def test_identity_writes_the_same_bytes_per_tensor(wild: Path, tmp_path: Path) -
     """Types included; config.json says the same sizes, and nothing asks for remote code."""
     out = tmp_path / "out"
     out.mkdir()
-    sort_checkpoint(wild, out, ranking(identity_orders(SHAPE)), max_shard_bytes=4000)
+    sort_checkpoint(wild, out, identity_orders(SHAPE), "key", max_shard_bytes=4000)
     before, after = stored(wild), stored(out)
     assert before.keys() == after.keys()
     assert {weight.dtype for weight in after.values()} == {torch.bfloat16, torch.float32}
@@ -81,7 +77,7 @@ def test_on_disk_as_in_memory(tmp_path: Path, seed: int, tied_head: bool) -> Non
     for name in ("in", "out"):
         (tmp_path / name).mkdir()
     save_parent(parent, tmp_path / "in", max_shard_bytes=5000)
-    sort_checkpoint(tmp_path / "in", tmp_path / "out", ranking(orders))
+    sort_checkpoint(tmp_path / "in", tmp_path / "out", orders, "key")
     sort_parent(parent, orders)
     for name, weight in load_parent(tmp_path / "out").state_dict().items():
         assert torch.equal(weight, parent.state_dict()[name]), name
@@ -90,11 +86,10 @@ def test_on_disk_as_in_memory(tmp_path: Path, seed: int, tied_head: bool) -> Non
 def test_a_sorted_checkpoint_knows_its_ranking(wild: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    one, other = ranking(identity_orders(SHAPE)), ranking(identity_orders(SHAPE))
-    assert not is_sorted(out, one)
-    sort_checkpoint(wild, out, one)
-    assert is_sorted(out, other)
-    assert not is_sorted(out, Ranking(other.orders, (), "another", []))
+    assert not is_sorted(out, "key")
+    sort_checkpoint(wild, out, identity_orders(SHAPE), "key")
+    assert is_sorted(out, "key")
+    assert not is_sorted(out, "another")
 
 
 def test_a_tied_head_that_is_stored_alone_is_written_twice(tmp_path: Path) -> None:
@@ -107,7 +102,7 @@ def test_a_tied_head_that_is_stored_alone_is_written_twice(tmp_path: Path) -> No
     tensors = load_file(path)
     del tensors["lm_head.weight"]
     save_file(tensors, path)
-    sort_checkpoint(tmp_path / "in", tmp_path / "out", ranking(random_orders(shape, 0)))
+    sort_checkpoint(tmp_path / "in", tmp_path / "out", random_orders(shape, 0), "key")
     written = stored(tmp_path / "out")
     assert torch.equal(written["lm_head.weight"], written["backbone.embeddings.weight"])
 
@@ -117,7 +112,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from elastic.config import ParentShape
-from elastic.importance import Orders, Ranking, sort_checkpoint
+from elastic.importance import Orders, sort_checkpoint
 torch.set_num_threads(1)
 hidden, ffn = 1024, 65536
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -125,7 +120,7 @@ generator = torch.Generator().manual_seed(0)
 orders = Orders(torch.randperm(hidden, generator=generator),
                 {0: torch.randperm(ffn, generator=generator)}, {}, {}, {})
 before = peak()
-sort_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), Ranking(orders, (), "k", []))
+sort_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), orders, "k")
 print(peak() - before)
 """
 
