@@ -7,6 +7,7 @@ from elastic.config.checks import ConfigError, one_of, require
 from elastic.config.model import (
     BudgetConfig,
     ImportanceConfig,
+    NormsConfig,
     ParentConfig,
     RouterConfig,
     SpaceConfig,
@@ -36,6 +37,7 @@ class RunConfig:
     budgets: dict[str, BudgetConfig]
     space: SpaceConfig
     importance: ImportanceConfig
+    norms: NormsConfig
     router: RouterConfig
     objective: ObjectiveConfig
     curriculum: CurriculumConfig

@@ -284,6 +284,15 @@ class ImportanceConfig:
 
 
 @dataclass(kw_only=True)
+class NormsConfig:
+    """The norms of members."""
+
+    own: bool = True
+    """Each smaller budget trains norm weights of its own; false: all share the parent's, and a
+    member is prefixes alone (the paper)."""
+
+
+@dataclass(kw_only=True)
 class RouterConfig:
     """The routers and their schedules (arXiv 2511.16664, section 3.3). Shares are of all elastic
     tokens."""

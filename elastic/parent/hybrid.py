@@ -18,10 +18,10 @@ from elastic.parent.layers import (
     Keep,
     LayerKeep,
     Linear,
-    RMSNorm,
     document_mask,
     narrow,
 )
+from elastic.parent.norms import ElasticNorm, RMSNorm
 from elastic.parent.ssd import MambaMixer
 
 Member = Architecture | Keep | None
@@ -56,14 +56,17 @@ class Block(nn.Module):
         hidden: Tensor | None,
         keep: LayerKeep,
         borders: Tensor | None = None,
+        own: int | None = None,
     ) -> Tensor:
         """(b, t, d) -> (b, t, d); `hidden` (b, d) is the mask of the residual stream, `borders`
-        the document boundaries in this kind of mixer's form."""
-        normed = self.norm(x, cuts.get("norm.weight"), hidden)
+        the document boundaries in this kind of mixer's form, `own` as in `ElasticNorm.weights`."""
+        normed = self.norm(x, cuts.get("norm.weight"), hidden, own)
         if self.kind == "mlp":
             update = self.mixer(normed, cuts, keep)
-        else:
+        elif self.kind == "attention":
             update = self.mixer(normed, layer, cuts, keep, borders)
+        else:
+            update = self.mixer(normed, layer, cuts, keep, borders, own)
         if hidden is not None:
             update = update * hidden[:, None, :].to(update.dtype)
         if keep.gate is not None:
@@ -101,35 +104,53 @@ class HybridParent(nn.Module):
             self.lm_head.weight = self.backbone.embeddings.weight
         self._cuts: dict[Architecture, list[tuple[Layer, Cuts]]] = {}
 
+    def add_own_norms(self, budgets: int, energies: Mapping[str, Tensor]) -> None:
+        """Give each of some budgets norm weights of its own; a second time they start anew.
+
+        energies: norm's stored name -> (size,) float32, shares of the channels in the energy of its
+        inputs, within each SSM group for a gated norm.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, ElasticNorm):
+                module.add_own(budgets, energies[f"{name}.weight"])
+
     def forward(
-        self, tokens: Tensor, member: Member = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        member: Member = None,
+        documents: Tensor | None = None,
+        own: int | None = None,
     ) -> Tensor:
         """(b, t) int64 -> (b, t, d) hidden states after the final norm; d is the member's width.
+
+        `own` is the position of a budget whose own norm weights count (`add_own_norms`).
 
         `documents` (b, t) int32 are ids that never fall along a sequence. Nothing crosses from one
         document to the next: neither state nor convolution nor attention. None is one document.
         """
         borders = self._borders(documents)
         if isinstance(member, Architecture):
-            return self._run_sliced(tokens, member, borders)
+            return self._run_sliced(tokens, member, borders, own)
         hidden = None if member is None else member.hidden
         x = F.embedding(tokens, self.backbone.embeddings.weight)  # (b, t, d)
         if hidden is not None:
             x = x * hidden[:, None, :].to(x.dtype)
         for index, block in enumerate(self.backbone.layers):
             keep = _KEEP_ALL if member is None else member.layers[index]
-            x = self._block(block, x, None, {}, hidden, keep, borders)
-        return self.backbone.norm_f(x, None, hidden)
+            x = self._block(block, x, None, {}, hidden, keep, borders, own)
+        return self.backbone.norm_f(x, None, hidden, own)
 
-    def _run_sliced(self, tokens: Tensor, member: Architecture, borders: Borders) -> Tensor:
+    def _run_sliced(
+        self, tokens: Tensor, member: Architecture, borders: Borders, own: int | None
+    ) -> Tensor:
         """No masked channel is multiplied and no dropped layer runs."""
         layers = self._layers_of(member)
         hidden = (prefix(member.hidden_size, self.shape.hidden_size),)
         x = F.embedding(tokens, narrow(self.backbone.embeddings.weight, (None, *hidden)))
         for layer, cuts in layers:
             block = self.backbone.layers[layer.index]
-            x = self._block(block, x, layer, cuts, None, _KEEP_ALL, borders)
-        return self.backbone.norm_f(x, hidden)
+            x = self._block(block, x, layer, cuts, None, _KEEP_ALL, borders, own)
+        return self.backbone.norm_f(x, hidden, None, own)
 
     def _layers_of(self, member: Architecture) -> list[tuple[Layer, Cuts]]:
         """A member's layers and cuts, worked out once."""
@@ -149,9 +170,10 @@ class HybridParent(nn.Module):
         hidden: Tensor | None,
         keep: LayerKeep,
         borders: Borders,
+        own: int | None,
     ) -> Tensor:
         assert isinstance(block, Block)
-        inputs = (x, layer, cuts, hidden, keep, borders.get(block.kind))
+        inputs = (x, layer, cuts, hidden, keep, borders.get(block.kind), own)
         if self.activation_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
             return out
@@ -173,10 +195,14 @@ class HybridParent(nn.Module):
         return narrow(self.lm_head.weight, cut)
 
     def logits(
-        self, tokens: Tensor, member: Member = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        member: Member = None,
+        documents: Tensor | None = None,
+        own: int | None = None,
     ) -> Tensor:
         """(b, t) int64 -> (b, t, v) float32; arguments as in `forward`."""
-        return F.linear(self(tokens, member, documents), self.head_weight(member)).float()
+        return F.linear(self(tokens, member, documents, own), self.head_weight(member)).float()
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> "HybridParent":

@@ -1,4 +1,4 @@
-"""Norms, projections, MLP and attention of Nemotron-H, each whole, sliced or masked.
+"""Projections, MLP and attention of Nemotron-H, each whole, sliced or masked.
 
 Every module runs in one of three ways. Whole: the parent. Sliced: `cuts` narrow the weights to a
 member's prefixes, so that a small member costs little. Masked: keep masks scale units, 0 removes
@@ -121,59 +121,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, cut: Cut | None = None) -> Tensor:
         """(..., inputs) -> (..., outputs), both as narrowed by `cut`."""
         return F.linear(x, narrow(self.weight, cut))
-
-
-class RMSNorm(nn.Module):
-    """RMS norm over the kept channels, computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor, cut: Cut | None = None, keep: Tensor | None = None) -> Tensor:
-        """(b, t, d) -> (b, t, d); under a mask `keep` (b, d), x is masked already.
-
-        The mean of squares runs over the kept width, which is the sum of the mask: exact for a hard
-        mask, since the others are zero (arXiv 2511.16664, section 3.2, with the norm corrected).
-        """
-        kept = None if keep is None else keep.float().sum(-1)[:, None, None]  # (b, 1, 1)
-        weight = narrow(self.weight, cut).float()
-        normed: Tensor = _RMSNorm.apply(x.float(), weight, kept, self.eps)
-        return normed.to(x.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x / sqrt(sum(x^2) / kept + eps) * weight with its gradient written out: half the passes over
-    x. kept None is the whole width."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor | None, eps: float) -> Tensor:
-        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = (power / (x.shape[-1] if kept is None else kept)).add_(eps).rsqrt_()  # (b, t, 1)
-        ctx.save_for_backward(x, weight, kept, scale)
-        ctx.eps = eps
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        x, weight, kept, scale = ctx.saved_tensors
-        normed, x_grad = x * scale, grad * weight
-        along = torch.linalg.vecdot(x_grad, normed).unsqueeze(-1)
-        along /= x.shape[-1] if kept is None else kept
-        x_grad.addcmul_(normed, along, value=-1).mul_(scale)
-        kept_grad = None if kept is None else kept_gradient(along, scale, ctx.eps, kept)
-        return x_grad, normed.mul_(grad).flatten(0, -2).sum(0), kept_grad, None
-
-
-def kept_gradient(along: Tensor, scale: Tensor, eps: float, kept: Tensor) -> Tensor:
-    """Gradient of a norm's kept width, shaped as it.
-
-    scale = (power / kept + eps)^-1/2 rises with it; `along` is the gradient in the direction of the
-    normed values, over kept.
-    """
-    return (0.5 * along * (1 - eps * scale.square())).sum_to_size(kept.shape)
 
 
 class _SquaredReLU(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elastic.config import ConfigError, ParentShape
 from elastic.members.architecture import MambaLayer
 from elastic.parent.layers import Cuts, LayerKeep, Linear, narrow
+from elastic.parent.norms import GatedRMSNorm
 from elastic.parent.ssd_fused import mixer_core
 from elastic.parent.ssd_ref import ssd_chunked
 
@@ -122,33 +123,6 @@ class Conv1d(nn.Module):
         return (out if bias is None else out + bias).to(x.dtype)
 
 
-class GatedRMSNorm(nn.Module):
-    """RMS norm per SSM group of the gated scan output, over the kept units of the group."""
-
-    def __init__(self, size: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.groups, self.eps = groups, eps
-
-    def forward(self, y: Tensor, gate: Tensor, cuts: Cuts, keep: Tensor | None) -> Tensor:
-        """(b, t, units), (b, t, units) -> (b, t, units); `keep` is (b, units).
-
-        Zeros still count in a mean of squares, so under a mask it runs over the kept share of the
-        group, exactly what the sliced norm does (arXiv 2511.16664, section 3.2).
-        """
-        weight = narrow(self.weight, cuts.get("mixer.norm.weight"))
-        gated = y.float() * F.silu(gate.float())
-        size = gated.shape[-1] // self.groups
-        kept: Tensor | int = size
-        if keep is not None:
-            gated = gated * keep[:, None, :]
-            kept = keep.unflatten(-1, (self.groups, size)).sum(-1)[:, None, :, None]  # (b, 1, g, 1)
-        gated = gated.unflatten(-1, (self.groups, size))  # (b, t, g, units per group)
-        variance = gated.square().sum(-1, keepdim=True) / kept
-        normed = (gated * torch.rsqrt(variance + self.eps)).flatten(-2)
-        return weight * normed.to(y.dtype)
-
-
 class MambaMixer(nn.Module):
     """Mamba-2 (arXiv 2405.21060) as Nemotron-H has it; heads are stored group by group."""
 
@@ -175,19 +149,22 @@ class MambaMixer(nn.Module):
         cuts: Cuts,
         keep: LayerKeep,
         documents: Tensor | None = None,
+        own: int | None = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d); `documents` as in `ssd_ref.ssd_recurrent`, int32."""
+        """(b, t, d) -> (b, t, d); `documents` as in `ssd_ref.ssd_recurrent`, int32; `own` as in
+        `ElasticNorm.weights`."""
         heads = self.heads if layer is None else layer.num_heads
         channels = self.head_dim if layer is None else layer.head_dim
         inner = heads * channels
         projected = self.in_proj(u, cuts.get("mixer.in_proj.weight"))
         units = self._units(keep)
         share = 1.0 if units is None else keep.share
+        norm = self.norm.weights(cuts.get("mixer.norm.weight"), units, own)
         if self.kernels == "mamba_ssm" and share is not None and self.observe is None:
             if fused_kernel_takes(inner + 2 * self.state, self.shape.conv_kernel):
-                return self._fused_kernel(projected, channels, cuts, units, share, documents)
+                return self._fused_kernel(projected, channels, cuts, norm, units, share, documents)
         if self.kernels == "torch" and documents is None and self.observe is None:
-            core = self._core(projected, cuts, units)
+            core = self._core(projected, cuts, norm, units)
             return self.out_proj(core, cuts.get("mixer.out_proj.weight"))
         gate, convolved, dt = projected.split([inner, inner + 2 * self.state, heads], dim=-1)
         x, b, c = F.silu(self.conv1d(convolved, cuts, documents)).split(
@@ -209,9 +186,9 @@ class MambaMixer(nn.Module):
         ).flatten(-2)  # (b, t, h * p)
         if self.observe is not None:
             self.observe(y.float() * F.silu(gate.float()))
-        return self.out_proj(self.norm(y, gate, cuts, units), cuts.get("mixer.out_proj.weight"))
+        return self.out_proj(self.norm(y, gate, norm, units), cuts.get("mixer.out_proj.weight"))
 
-    def _core(self, projected: Tensor, cuts: Cuts, units: Tensor | None) -> Tensor:
+    def _core(self, projected: Tensor, cuts: Cuts, norm: Tensor, units: Tensor | None) -> Tensor:
         """All between the projections, in plain torch: (b, t, ...) -> (b, t, h * p)."""
         a, d, dt_bias = self._per_head(cuts)
         return mixer_core(
@@ -220,7 +197,7 @@ class MambaMixer(nn.Module):
             dt_bias,
             a,
             d,
-            narrow(self.norm.weight, cuts.get("mixer.norm.weight")),
+            norm,
             self.shape.n_groups,
             self.norm.eps,
             self.shape.dt_limit,
@@ -240,6 +217,7 @@ class MambaMixer(nn.Module):
         projected: Tensor,
         channels: int,
         cuts: Cuts,
+        norm: Tensor,
         units: Tensor | None,
         share: float,
         documents: Tensor | None,
@@ -262,7 +240,6 @@ class MambaMixer(nn.Module):
         conv, bias = self.conv1d.narrowed(cuts)
         if bias is None:  # the backward pass of causal_conv1d wants one
             bias = conv.new_zeros(conv.shape[0])
-        norm = narrow(self.norm.weight, cuts.get("mixer.norm.weight"))
         out: Tensor = ssd_combined.mamba_split_conv1d_scan_combined(
             projected,
             conv[:, 0],

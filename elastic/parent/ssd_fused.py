@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elastic.parent.layers import kept_gradient
+from elastic.parent.norms import kept_gradient
 from elastic.parent.ssd_chunk import scan_chunks, scan_chunks_backward, without_autocast
 from elastic.parent.ssd_ref import CHUNK
 

@@ -56,6 +56,9 @@ class Family:
         self.router, self.config, self.objective = router, config, objective
         self.nested = space_config.nested
         self.search = Search(space, drop_order, space_config.tolerance)
+        smaller = [name for name, size in self.targets.items() if size != self.search.full]
+        self.own = {name: position for position, name in enumerate(smaller)}
+        """Budgets with norm weights of their own, by position; the whole parent has none."""
         self.frozen: dict[str, Choice] | None = None
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0

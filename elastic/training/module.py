@@ -155,7 +155,7 @@ class ElasticModule(L.LightningModule):
             member, figures = draw.member, draw.figures
             terms = {name: value for name, value in draw.terms.items() if name != "total"}
             loss = draw.terms.get("total", loss)
-        student = self.head(batch, member)
+        student = self.head(batch, member, self.own(budget))
         teacher = self.distributions(batch) if turn == 0 else self._kept
         token_losses = token_terms(student, teacher, batch[:, 1:].flatten(), self.objective)
         scale = 1.0
@@ -179,18 +179,28 @@ class ElasticModule(L.LightningModule):
         }
 
     def forward(
-        self, batch: Tensor, member: Member, teacher: Head | TopK | None, objective: ObjectiveConfig
+        self,
+        batch: Tensor,
+        budget: str,
+        member: Member,
+        teacher: Head | TopK | None,
+        objective: ObjectiveConfig,
     ) -> tuple[dict[str, Tensor], Head]:
-        """Loss terms of a member on a batch, and its head, for validation: inside a forward pass
-        ZeRO-3 has the weights."""
-        x, weight = self.head(batch, member)
+        """Loss terms of a budget's member on a batch, and its head, for validation: inside a
+        forward pass ZeRO-3 has the weights."""
+        x, weight = self.head(batch, member, self.own(budget))
         terms = token_terms((x, weight), teacher, batch[:, 1:].flatten(), objective)
         return terms, (x.detach(), weight.detach())
 
-    def head(self, batch: Tensor, member: Member) -> Head:
+    def own(self, budget: str) -> int | None:
+        """Position of a budget among those with norm weights of their own."""
+        return None if self.family is None else self.family.own.get(budget)
+
+    def head(self, batch: Tensor, member: Member, own: int | None) -> Head:
         """Hidden states (tokens, d) of a member, and the LM head that reads them."""
         tokens = batch[:, :-1]
-        hidden = self.parent(tokens, member, documents_in(tokens, self.document_start))
+        documents = documents_in(tokens, self.document_start)
+        hidden = self.parent(tokens, member, documents, own)
         return hidden.flatten(0, 1), self.parent.head_weight(member)
 
     def distributions(self, batch: Tensor) -> Head | TopK | None:
@@ -202,10 +212,12 @@ class ElasticModule(L.LightningModule):
         return self.teacher.distributions(batch, "train", first)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW; vectors and scalars are never decayed. The rate is set in every step."""
+        """AdamW; vectors (those of several budgets too) and scalars are never decayed. The rate is
+        set in every step."""
         optim, weights = self.optim, list(self.parent.parameters())
+        norms = {w for name, w in self.parent.named_parameters() if name.endswith(".own")}
         # Weights that ZeRO-3 has partitioned have no dimensions left but in `ds_shape`.
-        ndim = {w: len(getattr(w, "ds_shape", w.shape)) for w in weights}
+        ndim = {w: 1 if w in norms else len(getattr(w, "ds_shape", w.shape)) for w in weights}
         groups: list[dict[str, Any]] = [
             {"params": [w for w in weights if ndim[w] > 1], "weight_decay": optim.weight_decay},
             {"params": [w for w in weights if ndim[w] <= 1], "weight_decay": 0.0},

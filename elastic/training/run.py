@@ -98,7 +98,13 @@ class Run:
         family = family_of(setup, ranking)
         stages = setup.stages_of("elastic")
         for stage, saved in train_stages(
-            setup, fitting, stages, lambda: sorted_parent(setup, ranking), family, teacher
+            setup,
+            fitting,
+            stages,
+            lambda: sorted_parent(setup, ranking),
+            family,
+            teacher,
+            ranking.energies if setup.config.norms.own else None,
         ):
             write_elastic(setup, stage, saved.pieces, family, ranking)
         return setup.run_dir / "elastic"

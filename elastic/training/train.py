@@ -2,11 +2,12 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from elastic.cluster.signals import StopOnSignal, StopSignals
 from elastic.cluster.strategies import build_strategy
@@ -48,6 +49,7 @@ def train_stages(
     start: Callable[[], HybridParent],
     family: Family | None = None,
     teacher: Teacher | None = None,
+    energies: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[Stage, Saved]]:
     """Train the stages that are not done, one after another; yields each with its last checkpoint.
 
@@ -58,6 +60,7 @@ def train_stages(
         start: the weights to begin with, where no stage of these has begun.
         family: the budgets; None trains the parent alone.
         teacher: None where there is none, or the full budget is it.
+        energies: of every norm, as in `Ranking`; None where members share the parent's norms.
     """
     names = [stage.name for stage in stages]
     optimizer = None if family is None else RouterOptimizer(family.router, setup.config.optim)
@@ -69,9 +72,12 @@ def train_stages(
             saved = None  # the parent's pretraining, which ends with weights alone
         if saved is not None:
             parent = blank(setup)
-            saved.pieces.load_weights(parent)
         else:
             parent = start()
+        if family is not None and energies is not None:
+            parent.add_own_norms(len(family.own), energies)
+        if saved is not None:
+            saved.pieces.load_weights(parent)
         probabilities = budget_probabilities(stage.config, list(setup.targets))
         module = ElasticModule(
             parent,

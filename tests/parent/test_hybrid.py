@@ -36,7 +36,7 @@ from elastic.config import ParentShape
 from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent, Keep, LayerKeep
 from elastic.parent.hybrid import Block
-from elastic.parent.layers import RMSNorm
+from elastic.parent.norms import RMSNorm
 from elastic.routing.masks import hard_keep
 
 Drawn = tuple[ParentShape, Architecture]
@@ -122,7 +122,7 @@ def _global_heads(kept: list[int], size: int, groups: int = 1) -> Tensor:
 
 
 def _norm_over_the_full_width(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda self, x, cut=None, keep=None: forward(self, x, cut, None)
+    return lambda self, x, cut=None, keep=None, own=None: forward(self, x, cut, None, own)
 
 
 def _gated_norm_over_the_full_group(_: Callable[..., object]) -> Callable[..., object]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from elastic.members.architecture import MambaLayer
 from elastic.members.cut import Cut, layer_cut
-from elastic.parent.layers import LayerKeep, RMSNorm, _SquaredReLU, narrow
+from elastic.parent.layers import LayerKeep, _SquaredReLU, narrow
+from elastic.parent.norms import RMSNorm
 from elastic.parent.ssd import MambaMixer
 from elastic.parent.ssd_ref import CHUNK
 

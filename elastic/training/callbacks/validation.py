@@ -107,7 +107,7 @@ class BudgetValidation(Callback):
             for name, member in members.items():
                 assert trainer.strategy.model is not None
                 with trainer.precision_plugin.val_step_context():
-                    terms, student = trainer.strategy.model(batch, member, teacher, config)
+                    terms, student = trainer.strategy.model(batch, name, member, teacher, config)
                 losses[name] += float(terms["cross_entropy"]) * len(targets)
                 if teacher is not None:
                     divergences[name] += float(terms["distillation"]) * len(targets)
