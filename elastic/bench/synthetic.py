@@ -21,6 +21,7 @@ from elastic.parent.stock import stock_config
 from elastic.storage.files import atomic_directory, write_json
 from elastic.storage.manifest import Manifest, Member
 from elastic.storage.progress import Progress
+from elastic.storage.seals import Seals
 from elastic.storage.writing import Pending, write_shards
 
 WIDTHS = ("hidden_size", "vocab_size", "intermediate_size", "head_dim", "mamba_head_dim")
@@ -98,9 +99,10 @@ def write_checkpoint(
     config = stock_config(shape) | {"torch_dtype": "bfloat16"}
     with atomic_directory(directory) as temporary:
         with Progress(total, "writing the checkpoint") as progress:
-            write_shards(temporary, pending, shard_bytes, progress)
+            sealed = write_shards(temporary, pending, shard_bytes, progress)
         write_json(temporary / "config.json", config)
         Manifest(members, built.to_json(), ranking, provenance).write(temporary)
+        Seals.of(temporary, sealed).write()
     return total
 
 

@@ -11,7 +11,8 @@ from elastic.extract.verify import verify
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
 from elastic.parent.small_files import copy_small_files, small_files
-from elastic.storage.files import atomic_directory, require_space, write_json
+from elastic.storage.files import atomic_directory, refuse_inside, require_space, write_json
+from elastic.storage.manifest import NAME
 from elastic.storage.progress import Progress
 from elastic.storage.writing import write_shards
 
@@ -23,7 +24,8 @@ def extract(config: ExtractConfig) -> Path:
     """Cut one member out of an elastic checkpoint; everything is checked before it gets its name.
 
     Raises:
-        ValueError: the checkpoint is damaged, has no such member, or none that can be exported so.
+        ValueError: the checkpoint is damaged, has no such member, or none that can be exported so,
+            or the output lies in it.
         FileExistsError: the output exists.
         OSError: the disk has no room for it, or fails.
         VerificationError: the result computes something else than the masked parent.
@@ -31,6 +33,7 @@ def extract(config: ExtractConfig) -> Path:
     output = Path(config.output)
     if output.exists():
         raise FileExistsError(f"output={output}: exists already; nothing was written")
+    refuse_inside("output", output, Path(config.checkpoint), *_checkpoints_around(output))
     dtype = resolve_dtype(config.dtype)
     member = open_member(
         Path(config.checkpoint), config.budget, dtype, config.export, config.allow_dt_limit
@@ -52,6 +55,11 @@ def extract(config: ExtractConfig) -> Path:
         write_card(temporary, member, output.name, None if verified is None else str(verified))
     print(f"written to {output}")
     return output
+
+
+def _checkpoints_around(output: Path) -> list[Path]:
+    """Elastic checkpoints that a path lies in, the one it is cut from or another."""
+    return [each for each in output.resolve().parents if (each / NAME).is_file()]
 
 
 def summary(member: OpenMember, size: int) -> str:

@@ -25,6 +25,7 @@ from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.ahead import ahead
 from elastic.storage.manifest import NAME, Manifest, Member
 from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore, converted
+from elastic.storage.seals import check_beside
 from elastic.storage.writing import Pending
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}
@@ -244,6 +245,7 @@ def open_member(
     """
     manifest = Manifest.read(checkpoint)
     member = manifest.member(budget)
+    check_beside(checkpoint, "config.json")
     base = read_config(checkpoint)
     parent = read_shape(base)
     try:

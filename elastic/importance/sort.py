@@ -29,6 +29,7 @@ from elastic.storage.ahead import ahead
 from elastic.storage.files import write_json
 from elastic.storage.progress import Progress
 from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
+from elastic.storage.seals import Seals
 from elastic.storage.writing import Pending
 
 RANKING = "ranking.json"
@@ -174,18 +175,19 @@ def sort_checkpoint(
     orders: Orders,
     key: str,
     max_shard_bytes: int = 4_000_000_000,
+    seals: Seals | None = None,
 ) -> None:
-    """Write a checkpoint in its basis into an existing directory, a row block at a time.
+    """Write a checkpoint in its basis, sealed, into an existing directory, a row block at a time.
 
     Every tensor keeps its type, and tokenizer and config files are copied. In memory there are a
     few row blocks, whatever the size of the checkpoint; with a rotation, the rotation in float32
-    and one projection into the stream too.
+    and one projection into the stream too. `seals` are the source's: see `open_weights`.
 
     Raises:
         ValueError: the source is not a whole Nemotron-H checkpoint.
         OSError: there is not enough space; nothing is written.
     """
-    shape, store = open_weights(source)
+    shape, store = open_weights(source, seals)
     check_orders(shape, orders)
     table = changes(shape, orders)
     rotation = orders.rotation
@@ -197,14 +199,22 @@ def sort_checkpoint(
         blocks = partial(_changed_blocks, store, name, table[name], rotation)
         tensors.append(Pending(name, size, store[name].dtype, blocks))
     with Progress(sum(tensor.bytes for tensor in tensors), "sorting") as progress:
-        save_weights(target, shape, tensors, read_config(source), max_shard_bytes, progress)
-    copy_small_files(source, target)
+        base = read_config(source)
+        sealed = save_weights(target, shape, tensors, base, max_shard_bytes, progress)
+    copy_small_files(source, target, seals=seals)
     write_json(target / RANKING, {"key": key})
+    Seals.of(target, sealed).write()
 
 
 def is_sorted(directory: Path, key: str) -> bool:
-    """Whether `sort_checkpoint` has written this directory, after that ranking."""
+    """Whether `sort_checkpoint` has written this directory, after that ranking, and every file has
+    the size that it had; contents are compared as they are read."""
     try:
+        seals = Seals.read(directory)
+        if seals is None:
+            return False
+        seals.check_sizes()
+        seals.check(RANKING)
         found = json.loads((directory / RANKING).read_text())
     except (OSError, ValueError):
         return False

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from elastic.storage.files import write_json
+from elastic.storage.seals import Seals
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,23 @@ def _stays(path: Path, directory: Path) -> bool:
     return stays
 
 
-def copy_small_files(source: Path, target: Path, tokenizer: bool = True) -> None:
-    """Copy what is there and what `target` has not."""
-    for path in small_files(source, tokenizer):
+def copy_small_files(
+    source: Path, target: Path, tokenizer: bool = True, seals: Seals | None = None
+) -> None:
+    """Copy what is there and what `target` has not.
+
+    Args:
+        seals: what the files are compared with first; None takes seals.json beside them, if it is
+            there.
+
+    Raises:
+        SealBroken: a file differs.
+    """
+    files = small_files(source, tokenizer)
+    seals = seals or Seals.read(source)
+    if seals is not None:
+        seals.check(*(path.relative_to(source).as_posix() for path in files))
+    for path in files:
         copy = target / path.relative_to(source)
         if not copy.exists():
             copy.parent.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from elastic.parent.hybrid import HybridParent
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.files import require_space, write_json
 from elastic.storage.reading import TensorStore, assembled
+from elastic.storage.seals import FileSeal, Seals
 from elastic.storage.writing import Pending, write_shards
 
 
@@ -33,18 +34,25 @@ def locate(path: str) -> Path:
         ) from error
 
 
-def open_weights(directory: Path) -> tuple[ParentShape, TensorStore]:
+def open_weights(directory: Path, seals: Seals | None = None) -> tuple[ParentShape, TensorStore]:
     """Sizes and tensors of a checkpoint, checked against each other; a tied head apart
     only headers are read.
 
     The flag of a tied head means nothing to stock transformers, which uses the head that is stored;
     here it means that they are equal, or that only one is stored.
 
+    Args:
+        seals: what the files are compared with as they are read; None takes seals.json beside them,
+            if it is there.
+
     Raises:
         ValueError: see `read_shape` and `TensorStore`.
     """
+    seals = seals or Seals.read(directory)
+    if seals is not None:
+        seals.check("config.json")
     shape = read_shape(read_config(directory))
-    store = TensorStore(directory, tensor_shapes(shape))
+    store = TensorStore(directory, tensor_shapes(shape), seals)
     if not store.head_stored and not shape.tied_head:
         raise ValueError(f"{directory}: tensor lm_head.weight is missing from the shards")
     if store.head_stored and shape.tied_head:
@@ -55,10 +63,13 @@ def open_weights(directory: Path) -> tuple[ParentShape, TensorStore]:
 
 
 def load_parent(
-    directory: Path, kernels: str = "torch", activation_checkpointing: bool = False
+    directory: Path,
+    kernels: str = "torch",
+    activation_checkpointing: bool = False,
+    seals: Seals | None = None,
 ) -> HybridParent:
-    """Read a checkpoint into float32 weights; see `open_weights` for the errors."""
-    shape, store = open_weights(directory)
+    """Read a checkpoint into float32 weights; see `open_weights` for `seals` and the errors."""
+    shape, store = open_weights(directory, seals)
     parent = HybridParent(shape, kernels, activation_checkpointing)
     with torch.no_grad():
         for name, weight in parent.state_dict().items():
@@ -73,19 +84,21 @@ def save_weights(
     base_config: dict[str, Any] | None = None,
     max_shard_bytes: int = 4_000_000_000,
     written: Callable[[int], object] = lambda count: None,
-) -> None:
+) -> dict[str, FileSeal]:
     """Write config.json and weights in stock Nemotron-H format into an existing directory, one
-    tensor at a time; `written` is called with the bytes of every block.
+    tensor at a time; `written` is called with the bytes of every block. Returns the seals of the
+    weights' files, by name.
 
     Raises:
         OSError: not enough space; nothing is written.
     """
     require_space(directory, sum(tensor.bytes for tensor in tensors))
-    write_shards(directory, tensors, max_shard_bytes, written)
+    sealed = write_shards(directory, tensors, max_shard_bytes, written)
     dtype = str(tensors[0].dtype).removeprefix("torch.")
     config = stock_config(shape, base_config)
     config.pop("dtype", None)  # transformers' newer name for the same setting
     write_json(directory / "config.json", config | {"torch_dtype": dtype})
+    return sealed
 
 
 def save_parent(

@@ -213,10 +213,28 @@ def _in_words(size: int) -> str:
     return f"{size:,} bytes"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write JSON atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+
+
+def refuse_inside(key: str, output: Path, *inputs: Path) -> None:
+    """Stop before something is written into what it is made from.
+
+    Links are followed, so that no other name of a directory hides it.
+
+    Raises:
+        ValueError: `output` is one of `inputs`, or lies in one.
+    """
+    place = output.expanduser().resolve()
+    for directory in inputs:
+        inner = directory.expanduser().resolve()
+        if place == inner or inner in place.parents:
+            raise ValueError(
+                f"{key}={output}: lies in {directory}, which it is made from, and which may be "
+                "replaced whole; must be elsewhere"
+            )
 
 
 def digest(value: Any) -> str:

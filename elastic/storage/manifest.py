@@ -8,6 +8,7 @@ from typing import Any
 
 from elastic.members.architecture import Architecture
 from elastic.storage.files import write_json
+from elastic.storage.seals import check_beside
 
 FORMAT_VERSION = 1
 NAME = "elastic.json"
@@ -56,11 +57,13 @@ class Manifest:
         """Read elastic.json.
 
         Raises:
-            ValueError: there is none, it is damaged, or it is of another format version.
+            ValueError: there is none, it is damaged, differs from what was sealed, or is of
+                another format version.
         """
         path = directory / NAME
         if not path.is_file():
             raise ValueError(f"{path}: not found; {directory} is not an elastic checkpoint")
+        check_beside(directory, NAME)
         try:
             value = json.loads(path.read_text())
             version = value["format_version"]

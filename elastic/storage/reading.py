@@ -3,9 +3,7 @@
 import json
 import logging
 import math
-import os
 import re
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.members.cut import Cut, Ranges, size_of
+from elastic.storage import seals as sealing
+from elastic.storage.opened import OpenFile
+from elastic.storage.seals import SealBroken, Seals
 
 log = logging.getLogger(__name__)
 
@@ -56,41 +57,6 @@ SKIPPED = re.compile(r"mtp\.")
 """Tensors that are left behind: layers for multi-token prediction, which the model does not use."""
 
 
-class _File:
-    """An open shard; closed with the last tensor of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from that place of the file.
-
-        Raises:
-            ValueError: the file ends before.
-        """
-        while len(buffer):
-            count = os.preadv(self.descriptor, [buffer], offset)
-            if count == 0:
-                raise ValueError(f"{self.path}: shard is truncated")
-            buffer, offset = buffer[count:], offset + count
-
-    def forget(self, offset: int, size: int) -> None:
-        """Let the system drop its copy of a part that was read.
-
-        A checkpoint that is streamed once has no use for it, and fresh memory for all of it costs
-        more than using a little of it again and again.
-        """
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
-
-    def prefetch(self, offset: int, size: int) -> None:
-        """Let the system read a part from the disk in its order, whatever ours will be."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies on disk; nothing of it is in memory."""
@@ -98,7 +64,7 @@ class StoredTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: _File
+    file: OpenFile
     offset: int
     """Byte of the file at which it begins."""
 
@@ -118,7 +84,10 @@ class StoredTensor:
         width, item = (rest[0] if rest else 1), self.dtype.itemsize * inner
         kept = size_of(columns, width)
         spans = _merged(((0, width),) if columns is None else columns, GAP_BYTES // item)
-        most = max(1, block_bytes // max(1, kept * item))
+        if self.file.sealed and width * item <= sealing.BLOCK_BYTES:
+            spans = ((0, width),)  # what lies between is read anyway, to be checked
+        read_bytes = sum(stop - start for start, stop in spans) * item
+        most = max(1, block_bytes // max(1, read_bytes))
         for group in _grouped(((0, height),) if rows is None else rows, most):
             count = sum(stop - start for start, stop in group)
             read = self._rows(group, count, spans, width * item, item)  # (rows, spans)
@@ -154,16 +123,18 @@ class StoredTensor:
         for start, stop in group:
             if width == row:
                 size = (stop - start) * row
-                self.file.read_into(buffer[at : at + size], self.offset + start * row)
+                self._read(buffer[at : at + size], start * row)
                 at += size
                 continue
             for index in range(start, stop):
                 for left, right in spans:
                     size = (right - left) * item
-                    place = self.offset + index * row + left * item
-                    self.file.read_into(buffer[at : at + size], place)
+                    self._read(buffer[at : at + size], index * row + left * item)
                     at += size
         return out
+
+    def _read(self, buffer: memoryview, offset: int) -> None:
+        self.file.read_into(buffer, self.offset + offset, f"tensor {self.name}")
 
 
 def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:
@@ -224,17 +195,24 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     Args:
         expected: name -> shape of every tensor that must be there.
+        seals: what the files are compared with as they are read; None takes seals.json beside them,
+            if it is there.
 
     Raises:
         ValueError: a shard is missing, damaged or disagrees with the index, or a tensor is absent,
             unknown, of another shape than by config.json or of a type that cannot be read.
     """
 
-    def __init__(self, directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, directory: Path, expected: dict[str, tuple[int, ...]], seals: Seals | None = None
+    ) -> None:
         self.directory = directory
+        self.seals = seals or Seals.read(directory)
         self._tensors: dict[str, StoredTensor] = {}
+        if self.seals is not None:
+            self.seals.check(INDEX)
         for path in _shards(directory):
-            for name, found in _tensors_of(path).items():
+            for name, found in _tensors_of(path, self.seals).items():
                 if name in self._tensors:
                     first = self._tensors[name].file.path.name
                     raise ValueError(f"{directory}: tensor {name} is in {first} and in {path.name}")
@@ -331,18 +309,25 @@ def _shards(directory: Path) -> list[Path]:
     return files
 
 
-def _tensors_of(path: Path) -> dict[str, StoredTensor]:
+def _tensors_of(path: Path, seals: Seals | None) -> dict[str, StoredTensor]:
     """What a shard holds, by its header."""
+    opened = OpenFile(path, seals)
+    start = bytearray(8)
     try:
+        opened.read_into(memoryview(start), 0, "the header")
+        length = int.from_bytes(start, "little")
+        if length > opened.bytes - 8:
+            raise ValueError("the header is longer than the file")
+        text = bytearray(length)
+        opened.read_into(memoryview(text), 8, "the header")
         with safe_open(path, framework="pt"):
             pass  # it checks that header and size agree
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+        header: dict[str, Any] = json.loads(text)
+    except SealBroken:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: shard is truncated or damaged ({error})") from error
     header.pop("__metadata__", None)
-    opened = _File(path)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:

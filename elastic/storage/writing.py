@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elastic.storage.files import write_json
 from elastic.storage.reading import DTYPES, INDEX, assembled
+from elastic.storage.seals import FileSeal, Sealing
 
 WRITE_BYTES = 256 << 10
 """Size of a system call: Linux takes several times as long over the same data in pieces of 32
@@ -58,11 +59,11 @@ def write_shards(
     tensors: Iterable[Pending],
     max_shard_bytes: int,
     written: Callable[[int], object] = lambda count: None,
-) -> None:
+) -> dict[str, FileSeal]:
     """Write tensors as `model.safetensors`, or as several shards with an index.
 
     A shard has at most `max_shard_bytes` of data, or one tensor. `written` is called for every
-    block with its number of bytes.
+    block with its number of bytes. Returns the seals of the shards, by name.
     """
     shards: list[list[Pending]] = [[]]
     size = 0
@@ -73,23 +74,30 @@ def write_shards(
         shards[-1].append(tensor)
         size += tensor.bytes
     if len(shards) == 1:
-        write_shard(shards[0], directory / "model.safetensors", written)
-        return
-    weight_map = {}
+        name = "model.safetensors"
+        return {name: write_shard(shards[0], directory / name, written)}
+    weight_map, seals = {}, {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(shard, directory / file, written)
+        seals[file] = write_shard(shard, directory / file, written)
         weight_map.update({tensor.name: file for tensor in shard})
     total = sum(tensor.bytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / INDEX, index)
+    return seals
 
 
-def write_shard(tensors: list[Pending], path: Path, written: Callable[[int], object]) -> None:
-    """One file: the length of the header, the header, the data without gaps."""
+def write_shard(
+    tensors: list[Pending],
+    path: Path,
+    written: Callable[[int], object] = lambda count: None,
+    metadata: Mapping[str, str] | None = None,
+) -> FileSeal:
+    """One file: the length of the header, the header, the data without gaps; the same bytes for
+    the same tensors. Returns its seal."""
     # Wider types first: then every tensor is aligned to its own type.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for tensor in ordered:
         entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
@@ -104,6 +112,7 @@ def write_shard(tensors: list[Pending], path: Path, written: Callable[[int], obj
             for data in _bytes_of(tensor):
                 out.write(data)
                 written(len(data))
+    return out.sealing.seal()
 
 
 def _bytes_of(tensor: Pending) -> Iterator[memoryview]:
@@ -127,8 +136,10 @@ class _Stream:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._size = self._flushed = 0
+        self.sealing = Sealing()
 
     def write(self, data: memoryview) -> None:
+        self.sealing.update(data)
         while len(data):
             count = os.write(self._descriptor, data[:WRITE_BYTES])
             data = data[count:]

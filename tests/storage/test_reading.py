@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from elastic.members.cut import Ranges
-from elastic.storage import reading
+from elastic.storage import reading, seals
 from elastic.storage.reading import TensorStore
+from elastic.storage.seals import SealBroken, Seals
 
 SHAPES = {"matrix": (23, 37), "vector": (41,), "taps": (19, 1, 4), "half": (23, 37)}
 
@@ -43,21 +44,26 @@ def ranges_of(draw: st.DrawFn, size: int, ascending: bool) -> Ranges | None:
 
 
 @given(st.data(), st.sampled_from(["matrix", "half"]), st.sampled_from([1, 200, 10**6]))
+@pytest.mark.parametrize("sealed", [0, 64, 1 << 20])
 @pytest.mark.parametrize("gap", [0, 20, 256])
 def test_rows_in_any_order_and_ascending_columns(
     tensors: tuple[Path, dict[str, torch.Tensor]],
     gap: int,
+    sealed: int,
     data: st.DataObject,
     name: str,
     block_bytes: int,
 ) -> None:
-    """Equal to indexing, in blocks no larger than asked, in memory of their own."""
+    """Equal to indexing, in blocks no larger than asked, in memory of their own; sealed in blocks
+    of any size, or not at all."""
     directory, values = tensors
     rows = data.draw(ranges_of(23, ascending=False))
     columns = data.draw(ranges_of(37, ascending=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "GAP_BYTES", gap)
-        stored = TensorStore(directory, SHAPES)[name]
+        patch.setattr(seals, "BLOCK_BYTES", sealed or seals.BLOCK_BYTES)
+        found = Seals.of(directory) if sealed else None
+        stored = TensorStore(directory, SHAPES, found)[name]
         blocks = list(stored.blocks((rows, columns), block_bytes))
         whole = stored.read((rows, columns))
     expected = values[name][flat(rows, 23)][:, flat(columns, 37)]
@@ -181,3 +187,23 @@ def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
         file.truncate(300)
     with pytest.raises(ValueError, match="model.safetensors: shard is truncated"):
         store["a"].read()
+
+
+def test_a_flipped_bit_is_named_with_its_tensor(tmp_path: Path) -> None:
+    """Headers are compared at once, data where it is read; the other tensor is read as it is."""
+    save_file({"a": torch.zeros(2000), "b": torch.ones(2000)}, tmp_path / "model.safetensors")
+    expected: dict[str, tuple[int, ...]] = {"a": (2000,), "b": (2000,)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seals, "BLOCK_BYTES", 512)
+        Seals.of(tmp_path).write()
+        content = bytearray((tmp_path / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        store = TensorStore(tmp_path, expected)
+        assert torch.equal(store["a"].read(), torch.zeros(2000))
+        with pytest.raises(SealBroken, match="safetensors: block .* seen in tensor b; restore"):
+            store["b"].read()
+        content[20] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(SealBroken, match="model.safetensors: block 0 .* seen in the header"):
+            TensorStore(tmp_path, expected)
