@@ -195,6 +195,9 @@ class DataConfig:
     """For `hub`: the split."""
     text_column: str = "text"
     """Column of the text in jsonl, parquet and hub data."""
+    skip_missing: bool = False
+    """Leave out records of jsonl, parquet and hub data that have no text in it, and say how many;
+    false refuses them."""
     validation_every: int = 17
     """Every n-th document is held out for validation."""
     validation_sequences: int = 32

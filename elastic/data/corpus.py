@@ -5,6 +5,7 @@ the file system. Text is never executed: data sets that need their own code are 
 """
 
 import glob
+import logging
 import os
 import platform
 import sys
@@ -17,12 +18,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets import Dataset
 from datasets.utils import are_progress_bars_disabled
 
 from elastic.config import ConfigError, DataConfig
+from elastic.data.records import check_column, check_parquet_types, check_records
 from elastic.storage.files import digest
+
+log = logging.getLogger(__name__)
 
 SKIPPED_DIRECTORIES = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
@@ -70,6 +73,9 @@ def load_corpus(config: DataConfig) -> Corpus:
             "would be held out for validation; must be at most the number of documents, and at "
             "least 2 (data.path can name more or smaller files)"
         )
+    empty = sum(text == "" for rows in documents.iter(batch_size=1024) for text in rows["text"])
+    if empty:
+        log.warning("%d of %d documents are empty and left out", empty, count)
     held_out = np.arange(count) % every == every - 1
     return Corpus(
         train=documents.select(np.flatnonzero(~held_out)),
@@ -179,9 +185,10 @@ def _read_files(config: DataConfig) -> Dataset:
     suffix = paths[0].suffix
     builder, options = BUILDERS[suffix]
     column = "text" if builder == "text" else config.text_column
+    records = builder != "text"
     try:
         if suffix == ".parquet":  # a column store: other columns need not be read, or cached
-            _require_column(pyarrow.parquet.read_schema(paths[0]).names, column, config)
+            check_parquet_types(paths, config)
             options = {**options, "columns": [column]}
         documents = datasets.load_dataset(
             builder,
@@ -193,9 +200,14 @@ def _read_files(config: DataConfig) -> Dataset:
     except ConfigError:
         raise
     except Exception as error:
+        if suffix == ".jsonl":
+            check_records(paths, config)  # names the row, where it is one
         raise ConfigError(
             f"data.path={config.path}: cannot read these {suffix} files: {reason(error)}"
         ) from error
+    if records:
+        _require_column(documents.column_names, column, config)
+        check_records(paths, config)
     return _only_text(documents, column, config)
 
 
@@ -207,7 +219,9 @@ def _read_hub(config: DataConfig) -> Dataset:
             f"data.path={config.path} (data.subset={config.subset}, data.split={config.split}): "
             f"cannot load this data set: {reason(error)}"
         ) from error
-    return _only_text(documents, config.text_column, config)
+    chosen = _only_text(documents, config.text_column, config)
+    check_column(chosen, "text", config)
+    return chosen
 
 
 def _require_column(columns: list[str], column: str, config: DataConfig) -> None:
