@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from elastic.config.checks import ConfigError, one_of, require
+from elastic.config.checks import ConfigError, check_names, one_of, require
 from elastic.config.model import (
     BudgetConfig,
     ImportanceConfig,
@@ -20,6 +20,9 @@ from elastic.config.training import (
     OptimConfig,
     TrainerConfig,
 )
+
+RESERVED = ("parent", "temperature", "scale")
+"""Names that metrics have for something else, and no budget can have."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +51,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.budgets), "budgets", dict(self.budgets), "at least one budget")
+        check_names("budgets", self.budgets, RESERVED)
         for name, budget in self.budgets.items():
             budget.check(f"budgets.{name}")
         require(self.seed >= 0, "seed", self.seed, "at least 0")

@@ -1,9 +1,8 @@
 """Settings of training: objective, stages, data, optimizer, machines."""
 
-import re
 from dataclasses import dataclass
 
-from elastic.config.checks import one_of, require
+from elastic.config.checks import check_names, one_of, require
 
 TEACHERS = ("replicated", "zero3", "cpu_offload", "offline", "in_place")
 """Where the frozen parent is, or what stands in for it."""
@@ -157,13 +156,8 @@ class CurriculumConfig:
     stages: dict[str, StageConfig]
 
     def __post_init__(self) -> None:
+        check_names("curriculum.stages", self.stages)
         for name, stage in self.stages.items():
-            require(
-                re.fullmatch(r"\w[\w.-]*", name) is not None,
-                "curriculum.stages",
-                name,
-                "named by letters, digits, _, - and . (checkpoints are named after stages)",
-            )
             stage.check(f"curriculum.stages.{name}")
         modes = [stage.mode for stage in self.stages.values()]
         require(
