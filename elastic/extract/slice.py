@@ -249,15 +249,9 @@ def open_member(
     base = read_config(checkpoint)
     parent = read_shape(base)
     try:
-        member.architecture.check(parent)
+        manifest.check(parent)
     except ValueError as error:
-        raise ValueError(f"{checkpoint / NAME}: budget {budget}: {error}") from error
-    exact = cost.parameters(parent, member.architecture)
-    if member.params != exact:
-        raise ValueError(
-            f"{checkpoint / NAME}: budget {budget}: params={member.params}, but its architecture "
-            f"has {exact}; the file is damaged"
-        )
+        raise ValueError(f"{checkpoint / NAME}: {error}") from error
     try:
         export = resolve_export(export, parent, member.architecture, allow_dt_limit)
     except ValueError as error:

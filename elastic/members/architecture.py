@@ -168,11 +168,18 @@ class Architecture:
         try:
             layers = []
             for fields in entry["layers"]:
-                sizes = {name: int(value) for name, value in fields.items() if name != "kind"}
+                sizes = {n: _whole(n, value) for n, value in fields.items() if n != "kind"}
                 layers.append(_LAYERS[fields["kind"]](**sizes))
-            return cls(int(entry["hidden_size"]), tuple(layers))
-        except (KeyError, TypeError) as error:
+            return cls(_whole("hidden_size", entry["hidden_size"]), tuple(layers))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"architecture entry is malformed: {error!r}") from error
+
+
+def _whole(name: str, value: object) -> int:
+    """A size as JSON has it: neither 88.5 nor "88", which would be taken for 88."""
+    if type(value) is not int:
+        raise ValueError(f"architecture: {name}={value!r} must be a whole number")
+    return value
 
 
 def extents(shape: ParentShape) -> dict[str, tuple[int, int]]:
