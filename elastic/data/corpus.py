@@ -92,11 +92,11 @@ def corpus_fingerprint(config: DataConfig) -> str:
     """
     known: list[Any]
     if config.source == "stdlib":
-        root = _stdlib_root()
+        root = stdlib_root()
         sizes = [[name, (root / name).stat().st_size] for name in stdlib_files(root)]
         known = [platform.python_version(), sizes]
     elif config.source == "files":
-        stats = [(str(path), path.stat()) for path in _matching_files(config)]
+        stats = [(str(path), path.stat()) for path in matching_files(config)]
         known = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     else:
         known = [config.path, config.subset, config.split]
@@ -141,12 +141,12 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _stdlib_root() -> Path:
+def stdlib_root() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
 def _read_stdlib() -> Dataset:
-    root = _stdlib_root()
+    root = stdlib_root()
     texts = []
     for name in stdlib_files(root):
         try:
@@ -161,7 +161,7 @@ def _read_stdlib() -> Dataset:
     return Dataset.from_dict({"text": texts})  # in memory: no cache file
 
 
-def _matching_files(config: DataConfig) -> list[Path]:
+def matching_files(config: DataConfig) -> list[Path]:
     """Files that match data.path, absolute and sorted."""
     assert config.path is not None  # DataConfig has checked it
     found = glob.glob(os.path.expanduser(config.path), recursive=True)
@@ -181,7 +181,7 @@ def _matching_files(config: DataConfig) -> list[Path]:
 
 
 def _read_files(config: DataConfig) -> Dataset:
-    paths = _matching_files(config)
+    paths = matching_files(config)
     suffix = paths[0].suffix
     builder, options = BUILDERS[suffix]
     column = "text" if builder == "text" else config.text_column

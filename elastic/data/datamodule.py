@@ -5,12 +5,11 @@ import itertools
 from collections.abc import Iterator
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from elastic.data.packing import PackedTokens
+from elastic.data.packing import PackedTokens, Tokens
 
 
 def permutation(seed: int, stage_name: str, epoch: int, size: int) -> Tensor:
@@ -82,8 +81,8 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: np.ndarray,
-        validation: np.ndarray,
+        train: Tokens,
+        validation: Tokens,
         *,
         sequence_length: int,
         batch_sequences: int,

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from elastic.config import ConfigError
 from elastic.data.corpus import text_batches
 from elastic.data.tokenizer import vocabulary_size
+from elastic.storage.arrays import StoredArray
 from elastic.storage.files import atomic_file
+from elastic.storage.seals import FileSeal, Sealing
 
 
 def tokenize(texts: TextDataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -42,6 +44,10 @@ def tokenize(texts: TextDataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarr
     return np.frombuffer(ids, dtype=dtype)
 
 
+Tokens = np.ndarray | StoredArray
+"""(tokens,) uint16 or uint32, in memory or on disk."""
+
+
 class PackedTokens(Dataset[Tensor]):
     """A flat array of tokens as consecutive windows, which document boundaries do not affect.
 
@@ -54,7 +60,7 @@ class PackedTokens(Dataset[Tensor]):
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         sequence_length: int,
         *,
         setting: str = "sequence_length",
@@ -81,12 +87,29 @@ class PackedTokens(Dataset[Tensor]):
         return torch.from_numpy(window.astype(np.int64))
 
 
-def save_tokens(path: Path, tokens: np.ndarray) -> None:
+def save_tokens(path: Path, tokens: Tokens) -> None:
     """Write `tokens` to a .npy file, whole or not at all."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, tokens, allow_pickle=False)
+        np.save(file, np.asarray(tokens), allow_pickle=False)
 
 
-def load_tokens(path: Path) -> np.ndarray:
-    """The array that `save_tokens` wrote, read-only and read from disk as it is used."""
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+def load_tokens(path: Path) -> StoredArray:
+    """The array that `save_tokens` wrote, read from disk, and compared with its seal, as it is
+    used."""
+    return StoredArray(path)
+
+
+class _Sealed(Sealing):
+    """A file of which only the seal is wanted, for `numpy.save`."""
+
+    def write(self, data: bytes) -> None:
+        self.update(memoryview(data))
+
+
+def sealed_tokens(tokens: Tokens) -> FileSeal:
+    """The seal of the file that `save_tokens` writes, or has written."""
+    if isinstance(tokens, StoredArray) and tokens.seal is not None:
+        return tokens.seal
+    file = _Sealed()
+    np.save(file, np.asarray(tokens), allow_pickle=False)
+    return file.seal()

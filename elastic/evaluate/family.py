@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -17,10 +16,12 @@ from transformers.utils import logging as transformers_logging
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
 from elastic.data import PackedTokens, load_tokens
+from elastic.data.packing import Tokens
 from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
+from elastic.parent.sealed import parent_seals
 from elastic.parent.weights import load_parent, locate
-from elastic.storage.files import write_json
+from elastic.storage.files import refuse_inside, run_folders, write_json
 from elastic.storage.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def mean_loss(model: Any, batches: list[Tensor]) -> float:
     return total / count
 
 
-def validation_batches(config: EvaluateConfig, tokens: np.ndarray) -> list[Tensor]:
+def validation_batches(config: EvaluateConfig, tokens: Tokens) -> list[Tensor]:
     """Windows spread evenly over the held-out text, (b, t + 1) each."""
     windows = PackedTokens(
         tokens, config.sequence_length, setting="sequence_length", text="validation text"
@@ -83,11 +84,12 @@ def _stock(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCa
 def _parent(run_dir: Path) -> HybridParent:
     """The parent as it was before elastic training."""
     source = run_dir / "parent"
-    if not source.is_dir():
-        run = parse(yaml.safe_load((run_dir / "config.yaml").read_text()), RunConfig)
-        assert run.parent.path is not None
-        source = locate(run.parent.path)
-    return load_parent(source)
+    if source.is_dir():
+        return load_parent(source)
+    run = parse(yaml.safe_load((run_dir / "config.yaml").read_text()), RunConfig)
+    assert run.parent.path is not None
+    source = locate(run.parent.path)
+    return load_parent(source, seals=parent_seals(source, run_dir))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -96,6 +98,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     run_dir = Path(config.run_dir)
     elastic = run_dir / "elastic"
+    output = Path(config.output) if config.output else run_dir / "family.json"
+    refuse_inside("output", output, *run_folders(run_dir))
     manifest = Manifest.read(elastic)
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
@@ -135,7 +139,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "validation": {"sequences": sum(map(len, batches)), "length": config.sequence_length},
         "generated": {"budget": smallest, "text": text},
     }
-    output = Path(config.output) if config.output else run_dir / "family.json"
     write_json(output, family)
     print(table(parent_loss, parent_params, rows))
     print(f"\n{smallest}, loaded by transformers, continues:")

@@ -5,12 +5,12 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.config import ImportanceConfig, ParentShape
@@ -30,6 +30,8 @@ from elastic.parent import HybridParent
 from elastic.parent.weights import open_weights
 from elastic.storage.files import atomic_file, digest
 from elastic.storage.reading import TensorStore
+from elastic.storage.seals import NAME, REMEDY, SealBroken, Seals
+from elastic.storage.writing import Pending, write_shard
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,10 @@ class Ranking:
 
 
 def fingerprint(store: TensorStore) -> str:
-    """Hash of all weights as they are stored."""
+    """Hash of all weights as they are stored; sealed ones are not read for it."""
+    if store.seals is not None:
+        files = {store[name].file.path.name for name in store}
+        return digest({name: store.seals.files[name].digest for name in files})
     total = hashlib.sha256()
     for name in sorted(store):
         total.update(f"{name} {store[name].dtype}".encode())
@@ -79,11 +84,13 @@ def rank(
     seed: int,
     data_fingerprint: str,
     path: Path,
+    seals: Seals | None = None,
 ) -> Ranking:
     """Scores of every axis, from `path` if they were computed from the same parent, data and
-    settings.
+    settings and are as they were written; sealed beside it.
 
     Args:
+        seals: the source's; see `open_weights`.
         source: checkpoint of the unsorted parent.
         load: makes that parent, in evaluation mode, where it is to run; not called for scores that
             are there already.
@@ -93,7 +100,7 @@ def rank(
     """
     key = digest(
         {
-            "parent": fingerprint(open_weights(source)[1]),
+            "parent": fingerprint(open_weights(source, seals)[1]),
             "data": data_fingerprint,
             "calibration": list(calibration.shape),
             "settings": asdict(config),
@@ -102,16 +109,19 @@ def rank(
             "seed": seed,
         }
     )
-    stored = _read(path)
+    try:
+        stored = _read(path)
+    except SealBroken as error:
+        log.warning("%s: ranking again", str(error).removesuffix(f"; {REMEDY}"))
+        stored = None
     if stored is None or stored[1].get("key") != key:
         parent = load()
         statistics = collect(parent, calibration, config)
         tensors = _tensors(parent, statistics, config, space, seed)
         generator = torch.Generator().manual_seed(seed)
         order, rounds = rank_layers(parent, calibration, config, space.max_dropped, generator)
-        with atomic_file(path) as temporary:
-            depth = json.dumps({"order": order, "rounds": rounds})
-            save_file(tensors, temporary, {"key": key, "depth": depth})
+        depth = json.dumps({"order": order, "rounds": rounds})
+        _write(path, tensors, {"depth": depth, "key": key})
         log.info("importance scores written to %s", path)
     else:
         log.info("importance scores reused from %s", path)
@@ -119,7 +129,7 @@ def rank(
 
 
 def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Ranking:
-    """A finished ranking; `ValueError` when there is none."""
+    """A finished ranking; `ValueError` when there is none, or it is not as it was written."""
     stored = _read(path)
     if stored is None:
         raise ValueError(f"{path}: no finished ranking; run elastic train with this run_dir first")
@@ -171,8 +181,29 @@ def _energies(
     return found
 
 
+def _write(path: Path, scores: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Scores, then their seals: a file without seals is not finished. The same scores give the same
+    bytes."""
+    tensors = [
+        Pending.of(name, scores[name].shape, scores[name].dtype, partial(scores.__getitem__, name))
+        for name in sorted(scores)
+    ]
+    with atomic_file(path) as temporary:
+        seal = write_shard(tensors, temporary, metadata=metadata)
+        (path.parent / NAME).unlink(missing_ok=True)
+    Seals.of(path.parent, {path.name: seal}, [path.name]).write()
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Scores and metadata of a ranking file; None when there is none, or none that can be read."""
+    """Scores and metadata of a ranking file; None when there is none, or none that was finished.
+
+    Raises:
+        SealBroken: it is not as it was written.
+    """
+    seals = Seals.read(path.parent)
+    if seals is None:
+        return None
+    seals.check(path.name)
     try:
         with safe_open(path, framework="pt") as file:
             # Copies: a map of a file that is replaced or cut short later would end the process.

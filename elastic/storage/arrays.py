@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic.storage.opened import OpenFile
-from elastic.storage.seals import Seals
+from elastic.storage.seals import FileSeal, Seals
 
 
 class StoredArray:
@@ -30,6 +30,11 @@ class StoredArray:
             raise ValueError(f"{path}: must be a .npy file of one dimension")
         self.path, self.dtype, self.shape = path, found.dtype, found.shape
         self._offset = int(found.offset)
+
+    @property
+    def seal(self) -> FileSeal | None:
+        """Of its file."""
+        return self._file.seal
 
     def __len__(self) -> int:
         return int(self.shape[0])

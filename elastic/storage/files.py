@@ -219,6 +219,12 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         temporary.write_text(json.dumps(value, indent=indent) + "\n")
 
 
+def run_folders(run_dir: Path) -> list[Path]:
+    """Folders of a run that are replaced whole, or whose every file is the run's own."""
+    names = ("parent", "sorted", "elastic", "data", "importance", "checkpoints")
+    return [run_dir / name for name in names]
+
+
 def refuse_inside(key: str, output: Path, *inputs: Path) -> None:
     """Stop before something is written into what it is made from.
 
@@ -232,8 +238,8 @@ def refuse_inside(key: str, output: Path, *inputs: Path) -> None:
         inner = directory.expanduser().resolve()
         if place == inner or inner in place.parents:
             raise ValueError(
-                f"{key}={output}: lies in {directory}, which it is made from, and which may be "
-                "replaced whole; must be elsewhere"
+                f"{key}={output}: lies in {directory}, which it is made from or which a run "
+                "replaces whole; must be elsewhere"
             )
 
 

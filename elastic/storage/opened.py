@@ -40,6 +40,10 @@ class OpenFile:
         self._lock = threading.Lock()  # the block held is one for all threads
 
     @property
+    def seal(self) -> sealing.FileSeal | None:
+        return self._seal
+
+    @property
     def sealed(self) -> bool:
         """Whether blocks are read whole and checked."""
         return self._seal is not None

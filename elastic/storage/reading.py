@@ -211,7 +211,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._tensors: dict[str, StoredTensor] = {}
         if self.seals is not None:
             self.seals.check(INDEX)
-        for path in _shards(directory):
+        for path in shards(directory):
             for name, found in _tensors_of(path, self.seals).items():
                 if name in self._tensors:
                     first = self._tensors[name].file.path.name
@@ -289,7 +289,7 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         raise ValueError(f"{index}: damaged ({error!r})") from error
 
 
-def _shards(directory: Path) -> list[Path]:
+def shards(directory: Path) -> list[Path]:
     """Files that hold the model's weights: those of the index, else `WHOLE` alone, whatever else
     lies beside it (an optimizer's state, averaged weights)."""
     weight_map = _weight_map(directory)

@@ -26,8 +26,10 @@ def initial(setup: Setup) -> HybridParent:
 
 
 def load(setup: Setup, directory: Path) -> HybridParent:
-    """The parent of a checkpoint."""
-    return load_parent(directory, setup.kernels, setup.config.parent.activation_checkpointing)
+    """The parent of a checkpoint, compared with its seals."""
+    seals = setup.seals if directory == setup.original else None
+    checkpointing = setup.config.parent.activation_checkpointing
+    return load_parent(directory, setup.kernels, checkpointing, seals)
 
 
 def family_of(setup: Setup, ranking: Ranking) -> Family:

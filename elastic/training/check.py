@@ -10,12 +10,15 @@ from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
+from elastic.parent.sealed import parent_seals
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config
 from elastic.parent.weights import locate, open_weights
 from elastic.routing.curriculum import plan
 from elastic.routing.sizes import Sizes, check_sizes
+from elastic.storage.files import refuse_inside
 from elastic.teacher import check_teacher
+from elastic.training.origin import trained_tokens
 from elastic.training.run_dir import check_run_dir
 from elastic.training.setup import Setup
 from elastic.training.text import calibration_text, stage_text
@@ -35,6 +38,8 @@ def check(config: RunConfig, place: Place) -> Setup:
     if config.parent.path is not None and config.parent.shape is not None:
         _sizes(config, config.parent.shape)  # before a download of hours
     source, parent_config, shape = find_parent(config)
+    if source is not None:
+        refuse_inside("run_dir", Path(config.run_dir), source)
     sizes = _sizes(config, shape)
     config.importance.rotates(shape.tied_head)  # refuses what this parent cannot do
     check_objective(config.objective, shape.vocab_size)
@@ -43,7 +48,10 @@ def check(config: RunConfig, place: Place) -> Setup:
     check_teacher(config.objective.teacher, config.trainer.world_size)
     kernels = resolve_kernels(config.parent.kernels, device)
     tokenizer = None if source is None else str(source)
-    data = prepare_data(config.data, Path(config.run_dir) / "data", tokenizer)
+    run_dir = Path(config.run_dir)
+    trained = trained_tokens(run_dir / "checkpoints")
+    first = place.rank == 0
+    data = prepare_data(config.data, run_dir / "data", tokenizer, trained, thorough=first)
     check_vocabulary(data.tokenizer, shape.vocab_size)
     base_config = stock_base(data.tokenizer, parent_config)
     setup = Setup(
@@ -78,12 +86,19 @@ def stock_base(tokenizer: PreTrainedTokenizerBase, parent_config: dict[str, Any]
 
 
 def find_parent(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None, ParentShape]:
-    """Where the parent is, its config.json and its sizes; None, None for one trained here."""
+    """Where the parent is, its config.json and its sizes; None, None for one trained here.
+
+    Raises:
+        SealBroken: it is not what it was when the run began, by the sizes and headers of its files.
+    """
     if config.parent.path is None:
         assert config.parent.shape is not None
         return None, None, config.parent.shape
     source = locate(config.parent.path)
-    shape, _ = open_weights(source)
+    seals = parent_seals(source, Path(config.run_dir))
+    if seals is not None:
+        seals.check_sizes()
+    shape, _ = open_weights(source, seals)
     config.parent.check_shape(shape)
     return source, read_config(source), shape
 

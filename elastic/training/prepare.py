@@ -1,12 +1,14 @@
 """Step 2 of a run: take the run directory."""
 
+from elastic.parent.sealed import seal_parent
 from elastic.storage.files import recover, sweep
 from elastic.training.run_dir import write_config
 from elastic.training.setup import Setup
 
 
 def prepare(setup: Setup) -> None:
-    """Write settings and tokens, remove what a killed run has left; the first process alone."""
+    """Write settings, tokens and the parent's seals, remove what a killed run has left; the first
+    process alone."""
     if setup.place.rank != 0:
         return
     setup.run_dir.mkdir(parents=True, exist_ok=True)
@@ -14,4 +16,6 @@ def prepare(setup: Setup) -> None:
     for name in ("parent", "sorted", "elastic"):
         recover(setup.run_dir / name)
     write_config(setup.config)
+    if setup.source is not None:
+        seal_parent(setup.source, setup.run_dir)
     setup.data.save(setup.run_dir / "data")

@@ -1,6 +1,7 @@
 """Step 3 of a run: rank widths and layers of the trained parent, and sort its weights by them."""
 
 import logging
+from pathlib import Path
 
 from elastic.cluster.place import first_alone
 from elastic.importance import Ranking, is_sorted, rank, read_ranking, sort_checkpoint
@@ -13,9 +14,14 @@ from elastic.training.text import calibration_text
 log = logging.getLogger(__name__)
 
 
+def scores_of(setup: Setup) -> Path:
+    """File of the importance scores."""
+    return setup.run_dir / "importance" / "scores.safetensors"
+
+
 def rank_parent(setup: Setup) -> Ranking:
     """Rank on the first process; the others read what it has written."""
-    scores = setup.run_dir / "importance" / "scores.safetensors"
+    scores = scores_of(setup)
     with first_alone(setup.place):
         if setup.place.rank != 0:
             smallest_head_dim = setup.space.choices["mamba_head_dim"][-1]
@@ -29,6 +35,7 @@ def rank_parent(setup: Setup) -> Ranking:
             setup.config.seed,
             setup.data.fingerprint,
             scores,
+            setup.seals,
         )
     what = "coordinates" if ranking.orders.rotation is None else "directions"
     for width, share in list(ranking.shares(setup.space).items())[1:]:
@@ -54,5 +61,7 @@ def sorted_parent(setup: Setup, ranking: Ranking) -> HybridParent:
                 directory,
             )
             with atomic_directory(directory, replace=True) as temporary:
-                sort_checkpoint(setup.original, temporary, ranking.orders, ranking.key)
+                sort_checkpoint(
+                    setup.original, temporary, ranking.orders, ranking.key, seals=setup.seals
+                )
     return load(setup, directory)

@@ -10,7 +10,9 @@ from elastic.cluster.place import Place
 from elastic.config import ParentShape, RunConfig
 from elastic.data import PreparedData
 from elastic.members.architecture import Space
+from elastic.parent.sealed import parent_seals
 from elastic.routing.curriculum import Stage
+from elastic.storage.seals import Seals
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Setup:
     def original(self) -> Path:
         """Where the parent as it was found or trained is, or will be once it is pretrained."""
         return self.source or self.run_dir / "parent"
+
+    @property
+    def seals(self) -> Seals | None:
+        """Of the parent: its own where it was trained here, else what the run has sealed of it."""
+        if self.source is None:
+            return Seals.read(self.original)
+        return parent_seals(self.source, self.run_dir)
 
     @property
     def document_start(self) -> int | None:

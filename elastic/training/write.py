@@ -22,6 +22,7 @@ from elastic.routing.curriculum import Stage
 from elastic.routing.family import Family
 from elastic.storage.files import atomic_directory, digest
 from elastic.storage.manifest import Manifest, Member
+from elastic.storage.seals import REMEDY, Seals, damage
 from elastic.storage.writing import Pending
 from elastic.training.resume import Pieces
 from elastic.training.setup import Setup
@@ -55,9 +56,9 @@ def _weights(
     return [pending(name, size) for name, size in tensor_shapes(shape).items()]
 
 
-def _dtypes(source: Path) -> dict[str, torch.dtype]:
+def _dtypes(source: Path, seals: Seals | None) -> dict[str, torch.dtype]:
     """Type of every tensor of a checkpoint."""
-    return {name: tensor.dtype for name, tensor in open_weights(source)[1].items()}
+    return {name: tensor.dtype for name, tensor in open_weights(source, seals)[1].items()}
 
 
 def write_parent(setup: Setup, pieces: Pieces) -> None:
@@ -66,8 +67,9 @@ def write_parent(setup: Setup, pieces: Pieces) -> None:
     if setup.place.rank == 0:
         with atomic_directory(setup.original, replace=True) as temporary:
             weights = _weights(setup.shape, pieces, {})
-            save_weights(temporary, setup.shape, weights, setup.base_config)
+            sealed = save_weights(temporary, setup.shape, weights, setup.base_config)
             setup.data.tokenizer.save_pretrained(temporary)
+            Seals.of(temporary, sealed).write()
         log.info("parent written to %s", setup.original)
     wait_for_all()
 
@@ -78,12 +80,19 @@ def _tokens_seen(setup: Setup, stage: Stage) -> dict[str, int]:
 
 
 def is_written(setup: Setup, stage: Stage) -> bool:
-    """Whether the elastic checkpoint of the end of `stage` is there."""
-    try:
-        provenance = Manifest.read(setup.run_dir / "elastic").provenance
-        return provenance["tokens_seen"] == _tokens_seen(setup, stage)
-    except (ValueError, KeyError):
+    """Whether the elastic checkpoint of the end of `stage` is there, to the last byte; damage is
+    named."""
+    directory = setup.run_dir / "elastic"
+    if not directory.is_dir():
         return False
+    try:
+        seen = Manifest.read(directory).provenance["tokens_seen"]
+        problem = damage(directory) if seen == _tokens_seen(setup, stage) else ""
+    except (ValueError, KeyError) as error:
+        problem = str(error).removesuffix(f"; {REMEDY}")
+    if problem:
+        log.warning("%s: the elastic checkpoint is written again from the last checkpoint", problem)
+    return problem is None
 
 
 def _hub_id(path: str | None) -> str | None:
@@ -139,16 +148,18 @@ def _write_directory(
         budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
     )
     with atomic_directory(directory, replace=True) as temporary:
-        dtypes = {} if source is None else _dtypes(source)
-        save_weights(
+        seals = setup.seals
+        dtypes = {} if source is None else _dtypes(source, seals)
+        sealed = save_weights(
             temporary, setup.shape, _weights(setup.shape, pieces, dtypes), setup.base_config
         )
         setup.data.tokenizer.save_pretrained(temporary)
         if source is not None:
-            copy_small_files(source, temporary, tokenizer=False)
+            copy_small_files(source, temporary, tokenizer=False, seals=seals)
         router = {
             name: weight.detach().cpu().clone()
             for name, weight in family.router.state_dict().items()
         }
         save_file(router, temporary / "router.safetensors")
         manifest.write(temporary)
+        Seals.of(temporary, sealed).write()

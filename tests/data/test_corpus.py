@@ -11,11 +11,11 @@ import pytest
 
 from elastic.config import ConfigError, DataConfig
 from elastic.data.corpus import (
-    _stdlib_root,
     corpus_fingerprint,
     load_corpus,
     reason,
     stdlib_files,
+    stdlib_root,
     text_batches,
 )
 
@@ -48,7 +48,7 @@ def test_stdlib_listing_is_sorted_and_leaves_out_tests_and_packages(tmp_path: Pa
 
 def test_stdlib_is_a_few_million_characters_of_python() -> None:
     corpus = load_corpus(DataConfig())
-    names = stdlib_files(_stdlib_root())
+    names = stdlib_files(stdlib_root())
     assert "argparse.py" in names and "json/decoder.py" in names
     assert not [name for name in names if "test" in Path(name).parts[:-1]]
     assert corpus.train.column_names == corpus.validation.column_names == ["text"]

@@ -9,8 +9,10 @@ from datasets import Dataset
 from tokenizers import AddedToken
 
 from elastic.config import ConfigError
-from elastic.data.packing import PackedTokens, load_tokens, save_tokens, tokenize
+from elastic.data.packing import PackedTokens, load_tokens, save_tokens, sealed_tokens, tokenize
 from elastic.data.tokenizer import train_tokenizer
+from elastic.storage.arrays import StoredArray
+from elastic.storage.seals import FileSeal
 
 
 def test_documents_are_concatenated_and_each_is_ended() -> None:
@@ -81,8 +83,9 @@ def test_tokens_survive_the_disk_and_stay_there(tmp_path: Path, dtype: type) -> 
     tokens: np.ndarray = np.array([1, 2, np.iinfo(dtype).max], dtype=dtype)
     save_tokens(tmp_path / "t.npy", tokens)
     loaded = load_tokens(tmp_path / "t.npy")
-    assert isinstance(loaded, np.memmap) and loaded.dtype == dtype
-    np.testing.assert_array_equal(loaded, tokens)
+    assert isinstance(loaded, StoredArray) and loaded.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(loaded), tokens)
+    assert sealed_tokens(tokens) == sealed_tokens(loaded) == FileSeal.of(tmp_path / "t.npy")
     assert [path.name for path in tmp_path.iterdir()] == ["t.npy"]
 
 

@@ -62,7 +62,7 @@ WRITERS: list[tuple[Any, str]] = [
     (elastic.training.resume.store, "save_file"),
     (elastic.training.write, "save_file"),
     (elastic.storage.writing, "write_shard"),
-    (sys.modules["elastic.importance.rank"], "save_file"),
+    (sys.modules["elastic.importance.rank"], "write_shard"),
 ]
 """Points are in the midst of these: half of the file is there."""
 
@@ -135,14 +135,14 @@ class Points:
     def watch_writer(self, owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
-        def watched(tensors: Any, path: Path, *args: Any) -> Any:
+        def watched(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> Any:
             def half() -> None:
-                original(tensors, path, *args)
+                original(tensors, path, *args, **kwargs)
                 os.truncate(path, os.stat(path).st_size // 2)
 
             if self.within:
                 self.point(f"half of {Path(path).name}", half)
-            return original(tensors, path, *args)
+            return original(tensors, path, *args, **kwargs)
 
         setattr(owner, name, watched)
 

@@ -13,7 +13,6 @@ import torch
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from elastic.config import ImportanceConfig, SpaceConfig
 from elastic.importance import Orders, Ranking, read_ranking
@@ -23,6 +22,8 @@ from elastic.members.cut import tensor_shapes
 from elastic.parent import HybridParent
 from elastic.parent.weights import save_parent
 from elastic.storage.reading import TensorStore
+from elastic.storage.seals import SealBroken, Seals, damage
+from elastic.storage.writing import Pending
 
 rank_module = importlib.import_module("elastic.importance.rank")  # the name `rank` is the function
 
@@ -180,6 +181,7 @@ def test_stored_scores_order_heads_for_the_head_dim_at_hand(tmp_path: Path) -> N
             scores[f"found.{name}"] = torch.ones(size)
     path = tmp_path / "importance.safetensors"
     save_file(scores, path, {"key": "any", "depth": '{"order": [], "rounds": []}'})
+    Seals.of(tmp_path).write()
     assert read_ranking(path, shape, 1).orders.mamba_heads[0].tolist() == [1, 0]
     assert read_ranking(path, shape, 2).orders.mamba_heads[0].tolist() == [0, 1]
 
@@ -205,6 +207,7 @@ def test_a_file_with_another_key_is_replaced(setting: dict[str, Any]) -> None:
         depth = file.metadata()["depth"]
         scores = {name: torch.rand_like(file.get_tensor(name)) for name in file.keys()}
     save_file(scores, path, {"key": "of something else", "depth": depth})
+    Seals.of(path.parent).write()
     assert same(rank(**setting), expected)
     assert flat(read_ranking(path, SHAPE, 7).orders) == flat(expected.orders)
 
@@ -213,16 +216,25 @@ DAMAGES = {
     "empty": lambda whole: b"",
     "truncated header": lambda whole: whole[:20],
     "truncated tensors": lambda whole: whole[:-10],
+    "one bit": lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
     "not safetensors": lambda whole: b"once upon a time there was a ranking",
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_replaced(setting: dict[str, Any], damage: str) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_file_is_named_and_replaced(
+    setting: dict[str, Any], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the same bytes: what is trained on them goes on."""
     expected = rank(**setting)
     path = setting["path"]
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    whole = path.read_bytes()
+    path.write_bytes(DAMAGES[kind](whole))
+    with pytest.raises(SealBroken, match="importance.safetensors: .* restore it"):
+        read_ranking(path, SHAPE, 7)
     assert same(rank(**setting), expected)
+    assert f"{path}: " in caplog.text and "ranking again" in caplog.text
+    assert path.read_bytes() == whole
     assert flat(read_ranking(path, SHAPE, 7).orders) == flat(expected.orders)
 
 
@@ -242,14 +254,16 @@ def test_a_crash_while_writing_leaves_what_was_there(
         rank(**setting)
     before = path.read_bytes() if old else None
 
-    def half(tensors: dict[str, Tensor], target: Path, metadata: dict[str, str]) -> None:
+    def half(tensors: list[Pending], target: Path, metadata: dict[str, str]) -> None:
         Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(rank_module, "save_file", half)
+    monkeypatch.setattr(rank_module, "write_shard", half)
     with pytest.raises(OSError, match="disk full"):
         rank(**(setting | {"seed": 5}))
-    assert [file.name for file in path.parent.iterdir()] == ([path.name] if old else [])
+    there = {file.name for file in path.parent.iterdir()}
+    assert there == ({path.name, "seals.json"} if old else set())
+    assert not old or damage(path.parent) is None
     assert (path.read_bytes() if old else None) == before
 
 
@@ -269,3 +283,17 @@ def test_the_fingerprint_sees_every_weight(tmp_path: Path) -> None:
         assert len(seen) == number + 1
     assert fingerprint(random_parent(SHAPE)) in seen
     assert fingerprint(random_parent(SHAPE).bfloat16()) not in seen
+
+
+def test_the_fingerprint_of_a_sealed_parent_sees_every_bit_and_reads_none(tmp_path: Path) -> None:
+    save_parent(random_parent(SHAPE), tmp_path)
+    seen = set()
+    for place in (-1, -1000):
+        Seals.of(tmp_path).write()
+        store = TensorStore(tmp_path, tensor_shapes(SHAPE))
+        seen.add(rank_module.fingerprint(store))
+        content = bytearray((tmp_path / "model.safetensors").read_bytes())
+        content[place] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert rank_module.fingerprint(store) in seen
+    assert len(seen) == 2

@@ -16,6 +16,7 @@ from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config, read_shape
 from elastic.parent.weights import load_parent, locate
 from elastic.routing.curriculum import Stage, plan
+from elastic.storage.files import refuse_inside, run_folders
 from elastic.teacher import OnlineTeacher, cache_contents
 from elastic.teacher.base import SPLITS
 from elastic.teacher.cache.compute import TopKWriter, Windows
@@ -57,6 +58,8 @@ def write_cache(config: CacheTeacherConfig) -> None:
     stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
     contents = cache_contents(config, stages, data, source, shape.vocab_size)
     directory = Path(config.objective.teacher_cache or "")
+    run_dir = Path(config.run_dir)
+    refuse_inside("objective.teacher_cache", directory, source, *run_folders(run_dir))
     index = index_for(directory, config, contents)
     tasks = _tasks(directory, index, list(contents.stages))
     missing = [task.shards.fault(task.number) is not None for task in tasks]

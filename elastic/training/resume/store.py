@@ -27,6 +27,7 @@ from torch import Tensor
 from elastic.cluster.place import Place, from_all, from_first, wait_for_all
 from elastic.config import ConfigError
 from elastic.storage.files import sync, write_json
+from elastic.training.origin import ORIGIN
 from elastic.training.resume.pieces import Pieces
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class CheckpointStore:
     def __init__(self, root: Path, keep: int, place: Place) -> None:
         self.root, self.keep, self.place = root, keep, place
         self.latest: Saved | None = None
+        self.origin: dict[str, str] = {}
+        """What the model is trained from, for the states to come: see `elastic.training.origin`."""
 
     def save(
         self,
@@ -88,7 +91,8 @@ class CheckpointStore:
         Raises:
             CheckpointFailed: on every process, when one of them could not write.
         """
-        name = f"{state['stage_index']:02d}-{state['stage']}-{state['step']:09d}"
+        name = _name(state["stage_index"], state["stage"], state["step"])
+        state = state | {ORIGIN: dict(sorted(self.origin.items()))}
         temporary, path = self.root / (_TEMPORARY + name), self.root / name
         files: dict[str, dict[str, Any]] = {}
         self._together(path, lambda: self._begin(temporary) if self.place.rank == 0 else None)
@@ -137,6 +141,13 @@ class CheckpointStore:
         if problem:
             raise ConfigError(problem)
         return self.latest
+
+    def end_of(self, index: int, stage: str, step: int) -> Saved | None:
+        """The checkpoint with which a stage has ended; None where it is not there, or not whole."""
+        path = self.root / _name(index, stage, step)
+        if not from_first(self.place.rank == 0 and inspect(path) is None):
+            return None
+        return Saved(path, json.loads((path / "state.json").read_text()))
 
     def _newest(self) -> tuple[Saved | None, str]:
         for leftover in self.root.glob(_TEMPORARY + "*"):
@@ -203,6 +214,11 @@ class CheckpointStore:
         if self.latest is not None:
             way_out += f"; it goes on from {self.latest.path}, which is whole"
         raise CheckpointFailed(f"{path}: could not be written ({problems[0]}); {way_out}")
+
+
+def _name(index: int, stage: str, step: int) -> str:
+    """A checkpoint's folder: names sort as stages and steps do."""
+    return f"{index:02d}-{stage}-{step:09d}"
 
 
 def inspect(path: Path) -> str | None:
