@@ -23,7 +23,8 @@ def load(
     every load has memory of its own. `dtype` None keeps the type of every tensor; another never
     rounds A_log, D and dt_bias. A member whose layers of one kind differ in size comes at true
     size, as a subclass of `NemotronHForCausalLM`, and so does one whose parent has a
-    `time_step_limit`, which stock transformers does not honour.
+    `time_step_limit`, which stock transformers does not honour. Step sizes of Mamba layers are
+    computed in float32 whatever `dtype` is; stock's plain-torch path rounds them to it.
 
     Raises:
         ValueError: no such checkpoint, a damaged one, no such budget (those are listed), or a type

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, NemotronHConfig, NemotronHForCausalLM
 
 from elastic.extract.layerwise import MODEL_TYPE
 from elastic.extract.layerwise.config import NemotronHElasticConfig
+from elastic.extract.layerwise.mixer import adopt_mixers
 from elastic.extract.layerwise.model import NemotronHElasticForCausalLM
 from elastic.extract.layerwise.sizes import layerwise_config
 from elastic.extract.slice import open_member
@@ -101,7 +102,7 @@ def _exported(path: Path, dtype: torch.dtype | None, device: torch.device) -> Ne
 
 def _empty(config: dict[str, Any], path: Path) -> NemotronHForCausalLM:
     """The model of a config.json, without storage; it computes the published function whatever
-    `time_step_min` says, and honours a `time_step_limit`."""
+    `time_step_min` says and whatever the type of its matrices, and honours a `time_step_limit`."""
     shape = read_shape(config)
     older = ("mamba_dt_min", "mamba_dt_limit")  # names that would win over the newer ones
     config = {key: value for key, value in config.items() if key not in older} | step_limits(shape)
@@ -111,7 +112,9 @@ def _empty(config: dict[str, Any], path: Path) -> NemotronHForCausalLM:
         with torch.device("meta"):
             if config["model_type"] == MODEL_TYPE:
                 return NemotronHElasticForCausalLM(NemotronHElasticConfig.from_dict(config))
-            return NemotronHForCausalLM(NemotronHConfig.from_dict(config))
+            model = NemotronHForCausalLM(NemotronHConfig.from_dict(config))
+            adopt_mixers(model)
+            return model
     except _UNBUILDABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(

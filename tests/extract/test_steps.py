@@ -139,12 +139,20 @@ def test_without_a_limit_nothing_clamps_small_steps(
         as_ours(elastic.load(tmp_path / "tuned"), written.parent, written.member(budget))
 
 
+@pytest.mark.parametrize("exported", [False, True], ids=["cut", "exported"])
+@pytest.mark.parametrize("budget", ["even", "widths"])
 def test_steps_are_float32_in_a_bfloat16_model_of_ours(
-    write: Callable[..., Any], tmp_path: Path
+    write: Callable[..., Any], tmp_path: Path, budget: str, exported: bool
 ) -> None:
-    """Stock adds dt_bias and takes softplus in bfloat16; ours does not, whole and from a cache."""
-    written = write(tmp_path / "elastic", tiny_shape(), {"widths": WIDTHS})
-    model = elastic.load(written.path, "widths", dtype="bfloat16")
+    """Stock adds dt_bias and takes softplus in bfloat16; ours does not, whole and from a cache,
+    whichever class the model is of."""
+    written = write(tmp_path / "elastic", tiny_shape(), {"even": MEMBER, "widths": WIDTHS})
+    if exported:
+        output = extract(written.config(tmp_path / "out", budget, export="per_layer"))
+        model = elastic.load(output, dtype="bfloat16")
+    else:
+        model = elastic.load(written.path, budget, dtype="bfloat16")
+    assert (type(model) is NemotronHForCausalLM) == (budget == "even")
     seen: list[Tensor] = []
     from transformers.models.nemotron_h import modeling_nemotron_h as stock
 
@@ -161,6 +169,7 @@ def test_steps_are_float32_in_a_bfloat16_model_of_ours(
             lambda s, x, dt, *a, **k: (seen.append(dt), update(s, x, dt, *a, **k))[1],
         )
         decoded(model, random_tokens(tiny_shape(), time=6))
-    assert len(seen) == 3 and {dt.dtype for dt in seen} == {torch.float32}
+    layers = {"even": 2, "widths": 1}[budget]
+    assert len(seen) == 3 * layers and {dt.dtype for dt in seen} == {torch.float32}
     wide = [name for name, w in model.named_parameters() if w.dtype == torch.float32]
     assert {name.split(".")[-1] for name in wide} == {"A_log", "D", "dt_bias"}

@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.nemotron_h import modeling_nemotron_h as stock
 
@@ -31,6 +31,13 @@ class PublishedMamba2Mixer(stock.NemotronHMamba2Mixer):
         """As stock's."""
         out: Tensor = _forward(self.time_step_limit)(self, *args, **kwargs)
         return out
+
+
+def adopt_mixers(model: nn.Module) -> None:
+    """Let every stock Mamba layer of a model compute the published step sizes."""
+    for module in model.modules():
+        if isinstance(module, stock.NemotronHMamba2Mixer):
+            PublishedMamba2Mixer.adopt(module)
 
 
 def chunk_scan(hidden_states: Tensor, dt: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import (
 
 from elastic.extract.layerwise import MODEL_TYPE
 from elastic.extract.layerwise.config import NemotronHElasticConfig
-from elastic.extract.layerwise.mixer import PublishedMamba2Mixer
+from elastic.extract.layerwise.mixer import adopt_mixers
 
 
 class _PerLayer(NemotronHPreTrainedModel):
@@ -55,11 +55,10 @@ class NemotronHElasticModel(_PerLayer, NemotronHModel):
             for index, layer in enumerate(config.per_layer_config)
         )
         for block in self.layers:
-            if isinstance(block.mixer, NemotronHMamba2Mixer):
-                PublishedMamba2Mixer.adopt(block.mixer)
             if isinstance(block.mixer, NemotronHAttention):
                 # A layer's configuration is a copy; which kernel attends is set on the whole.
                 block.mixer.config = config
+        adopt_mixers(self)
         self.norm_f = NemotronHRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
 
