@@ -89,9 +89,9 @@ def _copy(source: Path, target: Path) -> None:
 
 def licence_of(directory: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of a checkpoint's model card; empty if it has
-    nothing."""
+    nothing, or is a link to somebody else's file."""
     card = directory / "README.md"
-    if not card.is_file():
+    if not card.is_file() or not _stays(card, directory):
         return {}
     parts = card.read_text(errors="replace").split("---", 2)
     if len(parts) < 3 or parts[0].strip():

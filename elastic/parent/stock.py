@@ -29,11 +29,11 @@ _ALIASES = {
 """Older names of a field; those of Mamba win over the newer name in stock transformers too."""
 
 _STALE = (
-    "layers_block_type layer_types auto_map num_nextn_predict_layers mtp_layers_block_type "
-    "mtp_hybrid_override_pattern mamba_dt_min mamba_dt_max"
+    "layers_block_type layer_types auto_map mtp_layers_block_type mtp_hybrid_override_pattern "
+    "mamba_dt_min mamba_dt_max"
 ).split()
 """What a written config.json leaves out: other spellings of the same fields, remote code (never
-run), and layers for multi-token prediction, which are not written either."""
+run), and the kinds of layers for multi-token prediction, of which none are written."""
 
 _NO_BIAS = {"use_bias": False, "mlp_bias": False, "mamba_proj_bias": False, "attention_bias": False}
 """Nemotron-H has none beside the convolution's; mlx-lm wants to be told."""
@@ -198,6 +198,7 @@ def stock_config(shape: ParentShape, base: dict[str, Any] | None = None) -> dict
         "model_type": "nemotron_h",
         "hybrid_override_pattern": shape.pattern,
         "num_hidden_layers": len(shape.pattern),
+        "num_nextn_predict_layers": 0,
         "hidden_size": shape.hidden_size,
         "vocab_size": shape.vocab_size,
         "intermediate_size": shape.intermediate_size,

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def converted(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> tor
 
 
 SKIPPED = re.compile(r"mtp\.")
-"""Tensors that are left behind: layers for multi-token prediction, which the model does not use."""
+"""Tensors that are left behind: layers for multi-token prediction. They read the hidden states of
+the parent as it was, in its width and basis: beside trained and narrowed weights they predict
+nothing."""
 
 
 @dataclass(frozen=True)
@@ -220,12 +223,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         _check_index(directory, self._tensors)
         skipped = sorted(name for name in self._tensors if SKIPPED.match(name))
         if skipped:
-            log.info(
-                "%s: %d tensors of multi-token prediction are left out (%s, ...); what is written "
-                "has none, and no num_nextn_predict_layers",
-                directory,
-                len(skipped),
-                skipped[0],
+            _say(
+                f"{directory}: {len(skipped)} tensors of multi-token prediction are left out "
+                f"({skipped[0]}, ...); what is written has none, and num_nextn_predict_layers is 0"
             )
         for name in skipped:
             del self._tensors[name]
@@ -259,6 +259,12 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+@cache
+def _say(line: str) -> None:
+    """Once: a run opens its parent at every step."""
+    log.info("%s", line)
 
 
 def _hint(names: Iterable[str]) -> str:
@@ -298,7 +304,7 @@ def shards(directory: Path) -> list[Path]:
             raise ValueError(f"{directory}: no model weights found: neither {WHOLE} nor {INDEX}")
         others = {path.name for path in directory.glob("*.safetensors")} - {WHOLE, *BESIDE}
         if others:
-            log.info("%s: %s is read, not %s", directory, WHOLE, ", ".join(sorted(others)))
+            _say(f"{directory}: {WHOLE} is read, not {', '.join(sorted(others))}")
         return [directory / WHOLE]
     files = [directory / name for name in sorted(set(weight_map.values()))]
     if not files:

@@ -92,3 +92,15 @@ def test_the_licence_is_what_the_model_card_says(tmp_path: Path) -> None:
     ):
         card.write_text(text)
         assert licence_of(tmp_path) == {}
+
+
+def test_a_model_card_elsewhere_is_not_the_checkpoints(tmp_path: Path) -> None:
+    """A link that leaves the directory is not followed for the licence either."""
+    (tmp_path / "card.md").write_text("---\nlicense: mit\n---\n")
+    checkpoint = fill(tmp_path / "checkpoint", "LICENSE")
+    (checkpoint / "README.md").symlink_to(tmp_path / "card.md")
+    assert licence_of(checkpoint) == {}
+    (checkpoint / "README.md").unlink()
+    (tmp_path / "card.md").rename(checkpoint / "card.md")
+    (checkpoint / "README.md").symlink_to("card.md")
+    assert licence_of(checkpoint) == {"license": "mit"}

@@ -123,8 +123,10 @@ def test_layers_for_multi_token_prediction_are_left_out_aloud(
 ) -> None:
     save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / reading.WHOLE)
     with caplog.at_level("INFO"):
-        assert set(TensorStore(tmp_path, {"a": (2,)})) == {"a"}
-    assert "1 tensors of multi-token prediction are left out (mtp.layers.0.w" in caplog.text
+        for _ in range(2):
+            assert set(TensorStore(tmp_path, {"a": (2,)})) == {"a"}
+    said = "1 tensors of multi-token prediction are left out (mtp.layers.0.w"
+    assert caplog.text.count(said) == 1, "once, however often the parent is opened"
 
 
 def test_without_an_index_one_file_is_the_checkpoint(
