@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
-from elastic.data import PackedTokens, load_tokens
+from elastic.data import PackedTokens, load_tokenizer, load_tokens
 from elastic.data.packing import Tokens
+from elastic.extract.exported import load_exported
 from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
 from elastic.parent.sealed import parent_seals
@@ -73,12 +74,13 @@ def _directory(config: EvaluateConfig, budget: str) -> Path | None:
     return directory if directory is not None and directory.is_dir() else None
 
 
-def _stock(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCausalLM:
-    """A member in transformers: from its own directory, or cut in memory."""
+def _model(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCausalLM:
+    """A member in transformers, float32: from its own directory, which must hold that very member,
+    or cut in memory. No code that comes with either is run."""
     directory = _directory(config, budget)
     if directory is None:
-        return load(elastic, budget)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        return load(elastic, budget, dtype=torch.float32)
+    return load_exported(directory, elastic, budget, torch.float32)
 
 
 def _parent(run_dir: Path) -> HybridParent:
@@ -112,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sort_parent(parent, read_ranking(scores, parent.shape, smallest_head_dim).orders)
     rows = []
     for budget, member in manifest.budgets.items():
-        model = _stock(config, elastic, budget)
+        model = _model(config, elastic, budget)
         loss = mean_loss(lambda tokens, m=model: m(tokens, use_cache=False).logits, batches)
         untrained = mean_loss(
             lambda tokens, a=member.architecture: parent.logits(tokens, a), batches
@@ -154,8 +156,8 @@ def generate(config: EvaluateConfig, elastic: Path, budget: str) -> list[str]:
     """Greedy continuations of the prompts by one member."""
     if not config.prompts:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(_directory(config, budget) or elastic)
-    model: Any = _stock(config, elastic, budget)
+    tokenizer = load_tokenizer(_directory(config, budget) or elastic, f"tokenizer of {budget}")
+    model: Any = _model(config, elastic, budget)
     texts: list[str] = []
     for prompt in config.prompts:
         tokens = tokenizer(prompt, return_tensors="pt").input_ids

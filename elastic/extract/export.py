@@ -5,6 +5,7 @@ from pathlib import Path
 
 from elastic.config import ExtractConfig
 from elastic.extract.card import loads_in, write_card
+from elastic.extract.exported import PROVENANCE
 from elastic.extract.loading import resolve_dtype
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import verify
@@ -92,4 +93,4 @@ def _write_provenance(member: OpenMember, directory: Path) -> None:
         "training": member.manifest.provenance,
         "elastic_version": version("elastic"),
     }
-    write_json(directory / "provenance.json", value)
+    write_json(directory / PROVENANCE, value)
