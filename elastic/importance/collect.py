@@ -124,11 +124,29 @@ def collect(parent: HybridParent, calibration: Calibration, config: ImportanceCo
     with _observing(parent, config) as (scores, streams, gated):
         for batch in _progress(calibration[: config.samples].split(config.batch_size), "width"):
             parent(batch)
-    return Statistics(
+    found = Statistics(
         {name: statistic.value for name, statistic in scores.items()},
         {name: statistic.value for name, statistic in streams.items()},
         {name: statistic.value for name, statistic in gated.items()},
     )
+    for name in sorted(found.scores, key="hidden".__eq__):  # last: a layer says more
+        _require_finite(found.scores[name], f"scores of {name.replace('layer.', 'layer ')}")
+    for name, values in (*found.covariances.items(), *found.gated.items()):
+        _require_finite(values, f"energies before {name}")
+    return found
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    """Weights are finite when they are read: these have overflowed, and NaN would sort anywhere.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"importance: {what} are not finite on the calibration text, though the weights are; "
+            "activations overflow, and the parent cannot be ranked: use another one"
+        )
 
 
 @torch.no_grad()
@@ -170,6 +188,7 @@ def rank_layers(
         return torch.cat(parts)
 
     reference = logits(None)
+    _require_finite(reference, "logits")
     order: list[int] = []
     rounds: list[dict[int, float]] = []
     trials = (
@@ -183,7 +202,9 @@ def rank_layers(
         errors = {}
         for layer in candidates:
             if layer not in order:
-                errors[layer] = normalised_error(reference, logits(full.without({*order, layer})))
+                reduced = logits(full.without({*order, layer}))
+                _require_finite(reduced, f"logits without {kinds[layer]} layer {layer}")
+                errors[layer] = normalised_error(reference, reduced)
                 bar.update()
         rounds.append(errors)
         ranked = sorted(errors, key=lambda layer: (errors[layer], layer))

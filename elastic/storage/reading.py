@@ -74,11 +74,14 @@ class StoredTensor:
     def blocks(
         self, cut: Cut | None = None, block_bytes: int = BLOCK_BYTES, once: bool = False
     ) -> Iterator[Tensor]:
-        """The kept part in blocks of consecutive rows, each in memory of its own.
+        """The kept part in blocks of consecutive rows, each in memory of its own; all are finite.
 
         Row ranges may come in any order, so that a permutation of rows is a cut too; the column
         ranges (of the second dimension) ascend. A block has at most `block_bytes`, or one row. With
         `once`, for rows that ascend, nothing of it stays in the system's cache.
+
+        Raises:
+            ValueError: the file ends before, or a value is NaN or infinite.
         """
         rows, columns = (None, None) if cut is None else (*cut, None)[:2]
         assert cut is None or not any(ranges for ranges in cut[2:]), "only rows and columns are cut"
@@ -100,7 +103,18 @@ class StoredTensor:
             values = read.view(self.dtype).view(count, -1, inner)  # (rows, columns, inner)
             if columns is not None:
                 values = _picked(values, spans, columns)
+            if not all_finite(values):
+                raise ValueError(self._not_finite(values, group))
             yield values.reshape(count, kept, *rest[1:]) if rest else values.reshape(count)
+
+    def _not_finite(self, values: Tensor, group: list[tuple[int, int]]) -> str:
+        """What is wrong with a block (rows, columns, inner) of these rows."""
+        row, *place = torch.nonzero(~values.isfinite())[0].tolist()
+        rows = [index for start, stop in group for index in range(start, stop)]
+        return (
+            f"{self.file.path}: tensor {self.name} has {float(values[row, *place])} in row "
+            f"{rows[row]}; weights must be finite: take a checkpoint from before they were lost"
+        )
 
     def prefetch(self) -> None:
         """For readers of rows in any order."""
@@ -138,6 +152,12 @@ class StoredTensor:
 
     def _read(self, buffer: memoryview, offset: int) -> None:
         self.file.read_into(buffer, self.offset + offset, f"tensor {self.name}")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in a tenth of the time of `isfinite().all()`: NaN is the
+    smallest and the largest of any values that it is among."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:

@@ -282,6 +282,12 @@ class ElasticModule(L.LightningModule):
                 "(trainer.max_bad_steps); lower model_lr or look at the data, then start again "
                 "from the last checkpoint"
             )
+        if self.skipped_steps == self.step == self.stage.steps:  # fewer than max_bad_steps
+            raise TrainingDiverged(
+                f"curriculum.stages.{self.stage.name}: loss or gradient was not finite in any of "
+                f"its {self.step} steps, and nothing was trained; lower model_lr or look at the "
+                "data, then start again from the last checkpoint"
+            )
 
     def state(self) -> dict[str, Any]:
         """Where the stage stands, as JSON; weights, optimizer and router are apart."""

@@ -156,6 +156,35 @@ def test_hooks_are_gone_after_a_failure_too() -> None:
     assert hooks(parent) == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_scores_that_are_not_finite_are_no_ranking(value: float) -> None:
+    """NaN would be sorted somewhere, and the parent with it. The first layer is named."""
+    parent = random_parent(SHAPE)
+    with torch.no_grad():
+        parent.backbone.layers[1].mixer.up_proj.weight[2, 3] = value
+    with pytest.raises(ValueError, match="importance: scores of layer 1 are not finite on the cal"):
+        collect(parent, random_tokens(SHAPE), settings())
+
+
+@pytest.mark.parametrize("lost", [None, 3], ids=["parent", "a trial"])
+def test_errors_that_are_not_finite_are_no_ranking(
+    lost: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer may be what keeps activations within range."""
+    parent, forward = random_parent(DEEP), HybridParent.forward
+
+    def overflowing(self: HybridParent, tokens: Tensor, member: Architecture | None) -> Tensor:
+        hidden = forward(self, tokens, member)
+        kept = {layer.index for layer in member.layers} if member else set()
+        bad = member is None if lost is None else member is not None and lost not in kept
+        return hidden * torch.inf if bad else hidden
+
+    monkeypatch.setattr(HybridParent, "forward", overflowing)
+    what = "logits" if lost is None else "logits without mlp layer 3"
+    with pytest.raises(ValueError, match=f"importance: {what} are not finite"):
+        rank_layers(parent, random_tokens(DEEP), settings(), 2, generator())
+
+
 def test_collecting_changes_no_weight() -> None:
     parent = random_parent(SHAPE)
     before = {name: weight.clone() for name, weight in parent.state_dict().items()}

@@ -1,6 +1,7 @@
 """Any part of a stored tensor, read by byte ranges: the plain twin is indexing in memory."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +210,37 @@ def test_a_flipped_bit_is_named_with_its_tensor(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(SealBroken, match="model.safetensors: block 0 .* seen in the header"):
             TensorStore(tmp_path, expected)
+
+
+VALUES = (math.nan, -math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("dtype", reading.DTYPES.values(), ids=str)
+@pytest.mark.parametrize("value", VALUES, ids=["nan", "-nan", "inf", "-inf"])
+def test_a_value_that_is_not_finite_is_named_wherever_it_is(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    """With its tensor and row, whole or in a cut, first or last in its block."""
+    for row, column in ((0, 0), (7, 12), (22, 36)):
+        weight = torch.randn(23, 37).to(dtype)
+        weight[row, column] = value
+        save_file({"a": weight}, tmp_path / reading.WHOLE)
+        stored = TensorStore(tmp_path, {"a": (23, 37)})["a"]
+        line = rf"model\.safetensors: tensor a has -?(nan|inf) in row {row}; weights must be finite"
+        cuts = (None, (((20, 23), (0, 9)), None), (None, ((0, 1), (12, 13), (30, 37))))
+        for cut in cuts:
+            for block_bytes in (200, 10**6):
+                with pytest.raises(ValueError, match=line):
+                    list(stored.blocks(cut, block_bytes))
+
+
+def test_a_cut_checks_what_it_keeps_and_no_more(tmp_path: Path) -> None:
+    """Nor what is read because it lies in a gap; the largest finite values are finite."""
+    for dtype in reading.DTYPES.values():
+        weight = torch.full((4, 6), torch.finfo(dtype).max, dtype=dtype)
+        weight[:, 1] = torch.finfo(dtype).min
+        weight[2], weight[:, 3] = math.nan, math.inf
+        save_file({"a": weight}, tmp_path / reading.WHOLE)
+        stored = TensorStore(tmp_path, {"a": (4, 6)})["a"]
+        kept = stored.read((((3, 4), (0, 2)), ((0, 3), (4, 6))))
+        assert torch.equal(kept, weight[[3, 0, 1]][:, [0, 1, 2, 4, 5]])

@@ -31,6 +31,7 @@ from elastic.routing.curriculum import draw_budget, draw_seed, plan
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
+from elastic.training.callbacks import BudgetValidation
 from elastic.training.module import ElasticModule, TrainingDiverged
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
@@ -118,7 +119,9 @@ class Record(Callback):
             }
 
 
-def train(module: ElasticModule, rows: list[Tensor], steps: int = 1) -> Record:
+def train(
+    module: ElasticModule, rows: list[Tensor], steps: int = 1, *callbacks: Callback
+) -> Record:
     """Some optimizer steps by Lightning."""
     record = Record()
     trainer = L.Trainer(
@@ -126,7 +129,7 @@ def train(module: ElasticModule, rows: list[Tensor], steps: int = 1) -> Record:
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=module.stage.accumulation,
-        callbacks=[record],
+        callbacks=[record, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -276,6 +279,51 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_have_changed_nothing(
     for step, (before, after) in enumerate(itertools.pairwise(seen)):
         moved = [name for name in before if not torch.equal(before[name], after[name])]
         assert bool(moved) == (step not in bad), (step, moved[:1])
+
+
+def test_a_stage_in_which_nothing_could_be_trained_is_not_a_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where it has fewer steps than `max_bad_steps`; one good step is enough."""
+    terms, bad = elastic.training.module.token_terms, {0, 1}
+    module = module_of(False, "replicated", "one")
+    assert module.stage.steps == 3 < module.max_bad_steps
+
+    def spoil(*arguments: Any) -> dict[str, Tensor]:
+        found = terms(*arguments)
+        return found | {"total": found["total"] * math.nan} if module.step in bad else found
+
+    monkeypatch.setattr(elastic.training.module, "token_terms", spoil)
+    train(module, batches(), steps=3)
+    bad.add(2)
+    module = module_of(False, "replicated", "one")
+    with pytest.raises(TrainingDiverged, match="not finite in any of its 3 steps, and nothing was"):
+        train(module, batches(), steps=3)
+
+
+@pytest.mark.parametrize("lost", ["weight", "teacher"])
+def test_a_validation_that_is_not_finite_stops_the_run(lost: str) -> None:
+    """And names the tensor, if it is one's fault that trains; what was measured before is kept."""
+    module = module_of(False, "replicated", "one")
+    rows = []
+
+    class Spoil(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rows.append(module.step)
+            assert isinstance(module.teacher, OnlineTeacher)
+            parent = module.parent if lost == "weight" else module.teacher.model
+            if module.step == 2:
+                parent.backbone.layers[1].mixer.down_proj.weight.data[1, 2] = math.nan
+
+    text: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
+    where = {
+        "weight": r"loss of a, .*tensor backbone\.layers\.1\.mixer\.down_proj\.weight holds NaN",
+        "teacher": r"loss of parent, KL of a, .*no weight of this process is",
+    }
+    line = rf"^curriculum\.stages\.only: step 2: validation {where[lost]}"
+    with pytest.raises(TrainingDiverged, match=line) as caught:
+        train(module, batches(), 3, Spoil(), BudgetValidation(text, every=1))
+    assert max(rows) == 2 and "\n" not in str(caught.value)
 
 
 # What the host waits for

@@ -5,6 +5,7 @@ two stages of all budgets together, the published names of the budgets.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from helpers.checkpoints import in_published_types
 from helpers.runs import CALIBRATION, CONF, STDLIB, settings, stage
 from helpers.strategies import random_parent, tiny_shape
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import elastic
 from elastic.config import ConfigError, ExtractConfig, ParentShape, RunConfig
@@ -106,6 +107,23 @@ def test_a_checkpoint_from_the_wild_becomes_a_family(
     model = elastic.load(output, smallest)
     assert sum(w.numel() for w in model.parameters()) == manifest.budgets[smallest].params
     assert model.dtype == torch.bfloat16
+
+
+def test_a_parent_with_a_nan_is_named_and_nothing_is_made_of_it(wild: Path, tmp_path: Path) -> None:
+    """It was ranked, sorted, trained and frozen, where only steps that are not finite stop a
+    run."""
+    parent = Path(shutil.copytree(wild, tmp_path / "parent"))
+    name = "backbone.layers.5.mixer.in_proj.weight"
+    index = json.loads((parent / "model.safetensors.index.json").read_text())
+    shard = parent / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][5, 6] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    config = small(tmp_path / "run", parent, PUBLISHED[0])
+    with pytest.raises(ValueError, match=rf"{shard.name}: tensor {name} has nan in row 5; weights"):
+        launch(config)
+    made = {path.name for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert not made, "nothing of it was ranked, sorted or trained"
 
 
 def test_another_parent_than_announced_is_refused_before_any_work(

@@ -1,6 +1,7 @@
 """Validation of every budget on fixed text."""
 
 import logging
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -14,9 +15,10 @@ from elastic.config import ObjectiveConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import Member
 from elastic.routing.table import sizes
+from elastic.storage.reading import all_finite
 from elastic.teacher import CachedTeacher, Teacher
 from elastic.training.callbacks.common import log_row
-from elastic.training.module import PARENT, ElasticModule
+from elastic.training.module import PARENT, ElasticModule, TrainingDiverged
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +56,19 @@ class BudgetValidation(Callback):
 
     @torch.no_grad()
     def validate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Measure and log, once per optimizer step."""
+        """Measure and log, once per optimizer step.
+
+        Raises:
+            TrainingDiverged: a loss is not finite. Nothing of this step is kept: stages end here
+                before their checkpoint is written.
+        """
         assert isinstance(module, ElasticModule)
         if module.step == self.last_step:
             return
         self.last_step = module.step
         row: dict[str, float] = {}
         if module.family is None:
-            losses, _ = self._measure(trainer, module, {PARENT: None})
+            losses, divergences = self._measure(trainer, module, {PARENT: None})
         else:
             choices = module.family.choices(module.progress)
             members = {name: module.family.member(choice) for name, choice in choices.items()}
@@ -77,6 +84,7 @@ class BudgetValidation(Callback):
         log_row(trainer, module, row)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         log.info("%s step %d: validation loss %s", module.stage.name, module.step, shown)
+        _require_finite(module, losses, divergences)
 
     def _measure(
         self, trainer: L.Trainer, module: ElasticModule, members: dict[str, Member]
@@ -119,6 +127,29 @@ class BudgetValidation(Callback):
             {name: total / count for name, total in losses.items()},
             {name: total / count for name, total in divergences.items()},
         )
+
+
+def _require_finite(
+    module: ElasticModule, losses: dict[str, float], divergences: dict[str, float]
+) -> None:
+    """Raise `TrainingDiverged` unless every loss and every KL is finite, on all processes alike;
+    names a tensor if one is the reason."""
+    figures = {f"loss of {name}": loss for name, loss in losses.items()}
+    figures |= {f"KL of {name}": divergence for name, divergence in divergences.items()}
+    lost = [name for name, value in figures.items() if not math.isfinite(value)]
+    if not lost:
+        return
+    why = "no weight of this process is, so that activations overflow"
+    for name, weight in module.parent.named_parameters():
+        values = getattr(weight, "ds_tensor", weight)  # ZeRO-3 has a share of each
+        if not all_finite(values):
+            why = f"tensor {name} holds NaN or infinity"
+            break
+    raise TrainingDiverged(
+        f"curriculum.stages.{module.stage.name}: step {module.step}: validation {', '.join(lost)} "
+        f"not finite ({why}); lower model_lr or look at the data, then start again from the last "
+        "checkpoint"
+    )
 
 
 def _teacher_loss(
