@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.bench.subjects import balanced_members, drop_order, key
 from elastic.config import BudgetConfig, ParentShape, SpaceConfig
+from elastic.extract.own_norms import norm_cuts
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.cut import tensor_shapes
+from elastic.members.cut import size_of, tensor_shapes
 from elastic.members.search import Choice
 from elastic.members.targets import targets_of
 from elastic.parent.stock import stock_config
 from elastic.storage.files import atomic_directory, write_json
-from elastic.storage.manifest import Manifest, Member
+from elastic.storage.manifest import MEMBERS, Manifest, Member
 from elastic.storage.progress import Progress
 from elastic.storage.seals import Seals
 from elastic.storage.writing import Pending, write_shards
@@ -101,9 +103,24 @@ def write_checkpoint(
         with Progress(total, "writing the checkpoint") as progress:
             sealed = write_shards(temporary, pending, shard_bytes, progress)
         write_json(temporary / "config.json", config)
+        save_file(_own_norms(shape, members), temporary / MEMBERS)
         Manifest(members, built.to_json(), ranking, provenance).write(temporary)
         Seals.of(temporary, sealed).write()
     return total
+
+
+def _own_norms(shape: ParentShape, members: Mapping[str, Member]) -> dict[str, Tensor]:
+    """Norms of every smaller member's own, all ones."""
+    sizes, whole = tensor_shapes(shape), Architecture.full(shape)
+    return {
+        f"{name}/{cut.source}": torch.ones(
+            [size_of(r, n) for r, n in zip(cut.cut, sizes[cut.source], strict=True)],
+            dtype=dtype_of(cut.source),
+        )
+        for name, member in members.items()
+        if member.architecture != whole
+        for cut in norm_cuts(shape, member.architecture)
+    }
 
 
 def bytes_of(shape: ParentShape) -> int:

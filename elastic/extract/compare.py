@@ -14,6 +14,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.utils import logging
 
 from elastic.extract.layerwise.sizes import layerwise_config
+from elastic.extract.own_norms import Widened
 from elastic.extract.slice import OpenMember
 from elastic.members.architecture import Architecture
 from elastic.parent.stock import read_config
@@ -86,7 +87,7 @@ def model_config(directory: Path, member: OpenMember) -> PreTrainedConfig:
 
 def fill(
     module: nn.Module,
-    tensors: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor | Widened] | Mapping[str, StoredTensor],
     prefix: str,
     dtype: torch.dtype | None = None,
 ) -> None:

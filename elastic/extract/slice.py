@@ -7,7 +7,7 @@ Any member can be stored at true size, for a model of our own (`elastic.extract.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastic.config import ParentShape
 from elastic.extract.layerwise.sizes import layerwise_config
+from elastic.extract.own_norms import Widened, norm_cuts, read_own_norms
 from elastic.members import cost
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
 from elastic.members.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
@@ -181,6 +182,8 @@ class OpenMember:
     config: dict[str, Any]
     """Its config.json."""
     store: TensorStore
+    own: dict[str, Tensor]
+    """Norms of its own by their stored names in the parent, in its sizes; empty if it has none."""
     dtype: torch.dtype | None
     """Type that tensors are `converted` to; None keeps the stored ones."""
 
@@ -201,8 +204,19 @@ class OpenMember:
             return self.parameters
         return cost.parameters(self.shape, Architecture.full(self.shape))
 
+    @property
+    def masked(self) -> Mapping[str, StoredTensor | Widened]:
+        """The parent's tensors by their stored names, with which it computes this member under hard
+        masks: those that are stored, but for norms of the member's own."""
+        cuts = {cut.source: cut.cut[0] for cut in norm_cuts(self.parent, self.member.architecture)}
+        widened = {
+            name: Widened(value, cuts[name], self.store[name].shape[0])
+            for name, value in self.own.items()
+        }
+        return {**self.store, **widened}
+
     def tensors(self) -> Iterator[Pending]:
-        """Every tensor by its stored name; nothing is read before `read()`."""
+        """Every tensor by its stored name; of the shards nothing is read before `read()`."""
         sizes = tensor_shapes(self.shape)
         # Where each tensor goes is a cut too: the member's own share of the padded model.
         places = member_cuts(self.shape, renumbered(self.member.architecture))
@@ -213,6 +227,11 @@ class OpenMember:
             size = sizes[cut.target]
             if self.export != "padded":
                 size = tuple(size_of(r, n) for r, n in zip(cut.cut, stored.shape, strict=True))
+            if cut.source in self.own:
+                own = self.own[cut.source]  # a norm is never padded
+                dtype = converted(cut.target, own.dtype, self.dtype)
+                yield Pending.of(cut.target, own.shape, dtype, partial(_same, own))
+                continue
             blocks = partial(self._blocks, stored, cut.cut, place.cut, size)
             dtype = converted(cut.target, stored.dtype, self.dtype)
             yield Pending(cut.target, size, dtype, blocks)
@@ -266,4 +285,11 @@ def open_member(
     if dtype is not None:
         config.pop("dtype", None)  # transformers' newer name for the same setting
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return OpenMember(checkpoint, budget, manifest, export, parent, shape, config, store, dtype)
+    own = read_own_norms(checkpoint, manifest, budget, parent)
+    return OpenMember(
+        checkpoint, budget, manifest, export, parent, shape, config, store, own, dtype
+    )
+
+
+def _same(value: Tensor) -> Tensor:
+    return value

@@ -230,8 +230,10 @@ def parent_logits(member: OpenMember, tokens: Tensor) -> Tensor:
     with torch.device("meta"):
         parent = HybridParent(member.parent, "torch")
 
+    tensors = member.masked
+
     def load(module: nn.Module, prefix: str) -> None:
-        fill(module, member.store, prefix, member.dtype)
+        fill(module, tensors, prefix, member.dtype)
 
     def unload(module: nn.Module, *_: Any) -> None:
         empty(module)

@@ -89,7 +89,7 @@ def _parent_block(parent: HybridParent, member: OpenMember, position: int, x: Te
     keep = hard_keep(member.parent, architecture)
     block = parent.backbone.layers[index]
     assert isinstance(block, Block)
-    fill(block, member.store, f"backbone.layers.{index}", member.dtype)
+    fill(block, member.masked, f"backbone.layers.{index}", member.dtype)
     out = block(_widened(x, member), None, {}, keep.hidden, keep.layers[index])
     empty(block)
     assert not out[..., x.shape[-1] :].any(), "a masked channel is not zero"
@@ -130,7 +130,7 @@ def _ends(
     rows = tuple((token, token + 1) for token in tokens.tolist())
     hidden = hard_keep(member.parent, member.member.architecture).hidden
     x = _hidden_states(member, generator)
-    fill(parent.backbone.norm_f, member.store, "backbone.norm_f", member.dtype)
+    fill(parent.backbone.norm_f, member.masked, "backbone.norm_f", member.dtype)
     fill(model.model.norm_f, stored, "backbone.norm_f")
     expected = parent.backbone.norm_f(_widened(x, member), None, hidden)  # (b, t, d)
     found = model.model.norm_f(x)

@@ -40,6 +40,11 @@ def width_scale(energy: Tensor, groups: int, cut: Cut | None, keep: Tensor | Non
     return scale[:, None].expand_as(kept).flatten()
 
 
+def own_name(norm: str) -> str:
+    """Name of the weights of several budgets, beside a norm's stored name."""
+    return f"{norm.removesuffix('weight')}own"
+
+
 class ElasticNorm(nn.Module):
     """The weights of a norm: the parent's, and own ones for each smaller budget.
 

@@ -3,7 +3,7 @@ torch."""
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,16 @@ from elastic.members.cost import parameters
 from elastic.storage.files import write_json
 from elastic.storage.seals import check_beside
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 has no norms of members' own, and is still read."""
+
 NAME = "elastic.json"
+
+MEMBERS = "members.safetensors"
+"""Norm weights of members' own: `<budget>/<stored name in the parent>`, in the member's size."""
+
+ENERGIES = "energies.safetensors"
+"""Energy per channel of every norm's input, by the norm's stored name, at full width."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class Manifest:
     space: dict[str, Any]
     ranking: dict[str, Any]
     provenance: dict[str, Any]
+    energy: dict[str, Any] = field(default_factory=dict)
+    """Share of the stream's energy by hidden size, in the basis and in as many best coordinates."""
+    version: int = FORMAT_VERSION
 
     def member(self, budget: str) -> Member:
         """The entry of a budget; `ValueError` lists the budgets there are."""
@@ -76,8 +87,8 @@ class Manifest:
             }
             for name, member in self.budgets.items()
         }
-        value = {"format_version": FORMAT_VERSION, "budgets": budgets, "space": self.space}
-        value |= {"ranking": self.ranking, "provenance": self.provenance}
+        value = {"format_version": self.version, "budgets": budgets, "space": self.space}
+        value |= {"ranking": self.ranking, "energy": self.energy, "provenance": self.provenance}
         write_json(directory / NAME, value)
 
     @classmethod
@@ -97,21 +108,22 @@ class Manifest:
             version = value["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged, not an elastic.json ({error!r})") from error
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"{path}: format_version={version}, this version reads {FORMAT_VERSION}; "
+                f"{path}: format_version={version}, this version reads 1 and {FORMAT_VERSION}; "
                 "use the release of elastic that wrote it"
             )
         try:
             budgets = {name: _member(name, entry) for name, entry in value["budgets"].items()}
             check_names("budgets", budgets)
-            parts = {name: value[name] for name in ("space", "ranking", "provenance")}
+            names = ("space", "ranking", "provenance", *(("energy",) if version > 1 else ()))
+            parts = {name: value[name] for name in names}
             for name, part in parts.items():
                 _need(isinstance(part, dict), name, part, "an object")
             _check_space(parts["space"])
             order = parts["ranking"].get("drop_order", [])
             _need(_is_order(order), "ranking.drop_order", order, "layers, each once")
-            return cls(budgets, **parts)
+            return cls(budgets, **parts, version=version)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: damaged, {error}") from error
 

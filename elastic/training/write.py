@@ -10,18 +10,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from elastic.cluster.place import wait_for_all
 from elastic.config import ParentShape
 from elastic.importance import Ranking
-from elastic.members.cut import tensor_shapes
+from elastic.importance.basis import gated_norms
+from elastic.members.cut import member_cuts, tensor_shapes
 from elastic.members.search import Choice
+from elastic.parent.layers import narrow
+from elastic.parent.norms import own_name, width_scale
 from elastic.parent.small_files import copy_small_files, licence_of
 from elastic.parent.weights import open_weights, save_weights
 from elastic.routing.curriculum import Stage
 from elastic.routing.family import Family
 from elastic.storage.files import atomic_directory, digest
-from elastic.storage.manifest import Manifest, Member
+from elastic.storage.manifest import ENERGIES, MEMBERS, Manifest, Member
 from elastic.storage.seals import REMEDY, Seals, damage
 from elastic.storage.writing import Pending
 from elastic.training.resume import Pieces
@@ -95,6 +99,33 @@ def is_written(setup: Setup, stage: Stage) -> bool:
     return problem is None
 
 
+def _own_norms(
+    setup: Setup,
+    pieces: Pieces,
+    family: Family,
+    choices: Mapping[str, Choice],
+    ranking: Ranking,
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Tensor]:
+    """Norms of members' own in the members' sizes, with the scale of their width folded in."""
+    if not setup.config.norms.own:
+        return {}
+    shape, sizes, gated = setup.shape, tensor_shapes(setup.shape), gated_norms(setup.shape)
+    found = {}
+    for budget, position in family.own.items():
+        for cut in member_cuts(shape, choices[budget].architecture):
+            name = cut.source
+            if name not in ranking.energies:
+                continue
+            size, groups = sizes[name][0], shape.n_groups if name in gated else 1
+            stored = own_name(name)
+            weight = pieces.read("weight", stored, position * size, size)
+            scale = width_scale(ranking.energies[name], groups, cut.cut, None)
+            value = narrow(weight.float(), cut.cut) * scale
+            found[f"{budget}/{name}"] = value.to(dtypes.get(name, weight.dtype))
+    return found
+
+
 def _hub_id(path: str | None) -> str | None:
     """What the hub calls a parent; None for a directory, which others do not have."""
     return None if path is None or Path(path).is_dir() else path
@@ -145,7 +176,11 @@ def _write_directory(
         "licence": {} if source is None else licence_of(source),
     }
     manifest = Manifest(
-        budgets, family.space.to_json(), ranking.to_json(config.importance), provenance
+        budgets,
+        family.space.to_json(),
+        ranking.to_json(config.importance),
+        provenance,
+        ranking.shares(family.space),
     )
     with atomic_directory(directory, replace=True) as temporary:
         seals = setup.seals
@@ -161,5 +196,7 @@ def _write_directory(
             for name, weight in family.router.state_dict().items()
         }
         save_file(router, temporary / "router.safetensors")
+        save_file(_own_norms(setup, pieces, family, choices, ranking, dtypes), temporary / MEMBERS)
+        save_file(ranking.energies, temporary / ENERGIES)
         manifest.write(temporary)
         Seals.of(temporary, sealed).write()

@@ -18,7 +18,7 @@ from elastic.members.architecture import Architecture, AttentionLayer, MambaLaye
 from elastic.parent import HybridParent
 from elastic.parent.weights import save_parent
 from elastic.storage import reading
-from elastic.storage.manifest import Manifest, Member
+from elastic.storage.manifest import MEMBERS, Manifest, Member
 from elastic.storage.reading import StoredTensor
 
 SHAPE = tiny_shape(vocab_size=40)
@@ -73,8 +73,10 @@ def write_checkpoint(
     max_shard_bytes: int = 4_000_000_000,
     fill: Callable[[HybridParent], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    own: Mapping[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
-    """Weights, router and elastic.json; `fill` may overwrite the random weights."""
+    """Weights, router and elastic.json; `fill` may overwrite the random weights. With `own` norms,
+    by their keys in members.safetensors, of format version 2, else of 1."""
     directory.mkdir(parents=True, exist_ok=True)
     parent = random_parent(shape).to(dtype)
     if fill is not None:
@@ -86,7 +88,10 @@ def write_checkpoint(
         for name, architecture in members.items()
     }
     said = {"tokens_seen": 7} if provenance is None else dict(provenance)
-    Manifest(budgets, {"choices": {}}, {"depth": [3]}, said).write(directory)
+    if own is not None:
+        save_file(dict(own), directory / MEMBERS)
+    version = 1 if own is None else 2
+    Manifest(budgets, {"choices": {}}, {"depth": [3]}, said, {}, version).write(directory)
     return Checkpoint(directory, parent)
 
 

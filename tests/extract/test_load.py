@@ -266,8 +266,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "elastic.json: damaged",
     ),
     "other format": (
-        edit_json("elastic.json", lambda e: e | {"format_version": 2}),
-        "format_version=2, this version reads 1",
+        edit_json("elastic.json", lambda e: e | {"format_version": 3}),
+        "format_version=3, this version reads 1 and 2",
     ),
     "too wide": (
         edit_json(

@@ -1,5 +1,6 @@
 """elastic.json: what is written is read again, and what cannot be read is refused in one line."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -37,8 +38,8 @@ def test_the_file_has_the_documented_form(tmp_path: Path) -> None:
     """Anyone may cut with this file and safetensors alone: its form is a contract."""
     example().write(tmp_path)
     value = json.loads((tmp_path / "elastic.json").read_text())
-    assert list(value) == ["format_version", "budgets", "space", "ranking", "provenance"]
-    assert value["format_version"] == FORMAT_VERSION == 1
+    assert list(value) == ["format_version", "budgets", "space", "ranking", "energy", "provenance"]
+    assert value["format_version"] == FORMAT_VERSION == 2
     assert value["budgets"]["small"] == {
         "target": {"params": 0.5},
         "params": 2500,
@@ -50,6 +51,13 @@ def test_writing_again_replaces_the_whole(tmp_path: Path) -> None:
     example().write(tmp_path)
     Manifest({}, {}, {}, {}).write(tmp_path)
     assert Manifest.read(tmp_path) == Manifest({}, {}, {}, {})
+
+
+def test_version_1_has_no_energy_and_is_read(tmp_path: Path) -> None:
+    dataclasses.replace(example(), version=1).write(tmp_path)
+    value = json.loads((tmp_path / NAME).read_text())
+    (tmp_path / NAME).write_text(json.dumps(without(value, "energy")))
+    assert Manifest.read(tmp_path) == dataclasses.replace(example(), version=1)
 
 
 def test_unknown_budget_lists_those_there_are() -> None:
@@ -86,6 +94,7 @@ def without(value: dict[str, Any], *path: str) -> dict[str, Any]:
         ("budgets",),
         ("space",),
         ("ranking",),
+        ("energy",),
         ("provenance",),
         ("budgets", "small", "target"),
         ("budgets", "small", "params"),
@@ -117,10 +126,10 @@ def test_budgets_of_another_form_are_damage(tmp_path: Path, budgets: Any) -> Non
     refused(tmp_path, r"elastic\.json: damaged")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1"])
+@pytest.mark.parametrize("version", [0, 3, "1"])
 def test_another_version_says_which_one_is_read(tmp_path: Path, version: object) -> None:
     (tmp_path / NAME).write_text(json.dumps({"format_version": version}))
-    refused(tmp_path, rf"format_version={version}, this version reads 1")
+    refused(tmp_path, rf"format_version={version}, this version reads 1 and 2")
 
 
 def changed(value: dict[str, Any], path: str, new: Any) -> dict[str, Any]:

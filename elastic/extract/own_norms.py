@@ -1,0 +1,93 @@
+"""Norm weights that a member has for itself: members.safetensors of an elastic checkpoint.
+
+Keys are `<budget>/<the norm's stored name in the parent>`; values are in the member's size, with
+the scale of its width folded in, and replace the prefix of the parent's norm.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from elastic.config import ParentShape
+from elastic.members.architecture import Architecture
+from elastic.members.cut import Ranges, TensorCut, member_cuts, size_of, tensor_shapes
+from elastic.storage.manifest import MEMBERS, Manifest
+from elastic.storage.reading import all_finite
+from elastic.storage.seals import check_beside
+
+
+def norm_cuts(shape: ParentShape, architecture: Architecture) -> list[TensorCut]:
+    """The norms of a member, in stored order."""
+    return [cut for cut in member_cuts(shape, architecture) if "norm" in cut.source]
+
+
+def read_own_norms(
+    checkpoint: Path, manifest: Manifest, budget: str, shape: ParentShape
+) -> dict[str, Tensor]:
+    """A budget's own norms by their stored names in the parent; empty where it has none.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds something else than all norms of the
+            member, finite and in its sizes.
+    """
+    if manifest.version == 1:
+        return {}
+    path = checkpoint / MEMBERS
+    if not path.is_file():
+        raise ValueError(f"{path}: not found, and members without their norms would be wrong")
+    check_beside(checkpoint, MEMBERS)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.partition("/")[0] == budget]
+            # Copies: a map of a file that is replaced later would end the process.
+            found = {key.partition("/")[2]: file.get_tensor(key).clone() for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if not found:
+        return {}
+    full = tensor_shapes(shape)
+    wanted = {
+        cut.source: tuple(size_of(r, n) for r, n in zip(cut.cut, full[cut.source], strict=True))
+        for cut in norm_cuts(shape, manifest.member(budget).architecture)
+    }
+    for name in sorted(wanted.keys() | found.keys()):
+        there = tuple(found[name].shape) if name in found else None
+        if there != wanted.get(name):
+            raise ValueError(
+                f"{path}: {budget}/{name} has shape {there}, but must have {wanted.get(name)} for "
+                "the architecture in elastic.json"
+            )
+        if not all_finite(found[name]):
+            raise ValueError(f"{path}: {budget}/{name} is not finite")
+    return found
+
+
+@dataclass(frozen=True)
+class Widened:
+    """A member's own norm at the parent's size, zeros in what the member drops; it stands in for a
+    stored tensor of the parent."""
+
+    value: Tensor
+    ranges: Ranges | None
+    size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.value.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All of it."""
+        if self.ranges is None:
+            yield self.value
+            return
+        out = self.value.new_zeros(self.size)
+        at = 0
+        for start, stop in self.ranges:
+            out[start:stop] = self.value[at : at + stop - start]
+            at += stop - start
+        yield out
