@@ -13,6 +13,7 @@ from helpers.strategies import assert_near, random_parent, random_tokens, tiny_s
 from torch import Tensor
 
 from elastic.config import ConfigError, ImportanceConfig, ParentShape
+from elastic.importance.basis import GatedStatistic, StreamStatistic
 from elastic.importance.collect import collect, rank_layers
 from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
@@ -164,6 +165,21 @@ def test_scores_that_are_not_finite_are_no_ranking(value: float) -> None:
         parent.backbone.layers[1].mixer.up_proj.weight[2, 3] = value
     with pytest.raises(ValueError, match="importance: scores of layer 1 are not finite on the cal"):
         collect(parent, random_tokens(SHAPE), settings())
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [(StreamStatistic, "norm"), (GatedStatistic, "mixer.norm")],
+    ids=["d", "units"],
+)
+def test_energies_that_are_not_finite_are_no_basis(
+    kind: type, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are squares, and overflow where activations do not yet."""
+    monkeypatch.setattr(kind, "value", property(lambda self: torch.full((2,), torch.inf)))
+    line = rf"importance: energies before backbone\.layers\.0\.{norm}\.weight are not finite"
+    with pytest.raises(ValueError, match=line):
+        collect(random_parent(SHAPE), random_tokens(SHAPE), settings())
 
 
 @pytest.mark.parametrize("lost", [None, 3], ids=["parent", "a trial"])
