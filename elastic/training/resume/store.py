@@ -5,16 +5,14 @@ checkpoints/01-short-000000200/
   shared.safetensors               the router with its optimizer: the same on every process
   pieces-00000-of-00002.safetensors   what each process holds of weights and optimizer
   random-00000-of-00002.safetensors   the state of each process' random generators
-  manifest.json                    bytes and SHA-256 of all of these; written last
+  manifest.json                    sizes and checksums of all of these; written last
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,14 @@ from torch import Tensor
 from elastic.cluster.place import Place, from_all, from_first, wait_for_all
 from elastic.config import ConfigError
 from elastic.storage.files import sync, write_json
+from elastic.storage.seals import FileSeal, SealBroken, Seals
 from elastic.training.origin import ORIGIN
 from elastic.training.resume.pieces import Pieces
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: checksums per block, and what a state is made from; 1 had SHA-256."""
 _TEMPORARY = ".new-"
 """Begins the name of what is being written or taken away: a process may be killed meanwhile."""
 _DAMAGED = ".damaged"
@@ -227,20 +227,18 @@ def inspect(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             return f"manifest.json: format_version={manifest['format_version']} is unknown"
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in _entries(manifest)}
+        wanted = {name: FileSeal.from_json(entry) for name, entry in _entries(manifest)}
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json cannot be read"
-    for name, (size, _) in wanted.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        found = (path / name).stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes, manifest.json lists {size}"
-    with ThreadPoolExecutor(min(8, len(wanted))) as pool:
-        problems = pool.map(lambda name: _difference(path / name, wanted[name][1]), wanted)
-        return next((problem for problem in problems if problem), None)
+    seals = Seals(path, wanted, remedy="")
+    try:
+        seals.check_sizes()  # before anything is read
+        seals.check()
+    except SealBroken as error:
+        return str(error).removeprefix(f"{path}{os.sep}").removesuffix("; ")
+    return None
 
 
 def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -248,14 +246,6 @@ def _entries(manifest: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     if type(manifest["ends_stage"]) is not bool or "state.json" not in manifest["files"]:
         raise ValueError
     return list(manifest["files"].items())
-
-
-def _difference(path: Path, checksum: str) -> str | None:
-    try:
-        same = _checksum(path) == checksum
-    except OSError as error:
-        return f"{path.name}: {error.strerror}"
-    return None if same else f"{path.name} does not have the checksum in manifest.json"
 
 
 def random_state() -> dict[str, Tensor]:
@@ -283,14 +273,9 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Flush a file; returns its size and checksum."""
+    """Flush a file; returns its size and checksums."""
     sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return FileSeal.of(path).to_json()
 
 
 def _ends_stage(path: Path) -> bool:

@@ -4,7 +4,6 @@ What a full disk does is done here by a limit on the size of a file: the same er
 place, and no rights are needed for it.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from helpers.cluster_processes import processes
 from elastic.cluster.place import ALONE, Place
 from elastic.cluster.rendezvous import joined
 from elastic.config import ConfigError
+from elastic.storage.seals import FileSeal
 from elastic.training.resume import CheckpointFailed, CheckpointStore, Saved, restore_random
 from elastic.training.resume.store import inspect
 
@@ -158,7 +158,7 @@ def test_an_unknown_format_is_not_guessed_at(
 
 @pytest.mark.parametrize(
     "manifest",
-    ["", "[]", "null", "{}", '{"format_version": 1, "files": {}, "ends_stage": false}'],
+    ["", "[]", "null", "{}", '{"format_version": 2, "files": {}, "ends_stage": false}'],
 )
 def test_a_manifest_that_says_too_little_vouches_for_nothing(
     manifest: str, store: CheckpointStore
@@ -192,8 +192,9 @@ def test_a_file_that_cannot_be_read_is_damage(
     def fail(*args: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(hashlib, "file_digest", fail)
-    assert inspect(path) == "pieces-00000-of-00001.safetensors: Input/output error"
+    monkeypatch.setattr(FileSeal, "of", fail)
+    said = "pieces-00000-of-00001.safetensors: cannot be read (Input/output error)"
+    assert inspect(path) == said
 
 
 def test_the_newest_whole_one_is_used_however_many_are_damaged(
@@ -226,7 +227,7 @@ def test_all_damaged_is_one_clear_refusal_and_nothing_is_touched(store: Checkpoi
     for step in (1, 2):
         truncate(save(store, step).path / "state.json")
     before = names(store)
-    refusal = r"s0-000000002: damaged \(state.json has .* and so is every other .*; restore one"
+    refusal = r"s0-000000002: damaged \(state.json: has .* and so is every other .*; restore one"
     with pytest.raises(ConfigError, match=refusal) as caught:
         again(store).newest()
     assert "\n" not in str(caught.value)
@@ -382,3 +383,17 @@ def test_where_one_of_two_processes_cannot_write_nobody_has_saved(tmp_path: Path
     found = CheckpointStore(root, 2, ALONE).newest()
     assert found is not None and found.state["step"] == 2
     assert found.random(ALONE) is None, "another number of processes wrote it"
+
+
+def test_the_checkpoint_at_a_stages_end_is_found_only_whole(store: CheckpointStore) -> None:
+    """And says what its model is made from."""
+    store.origin |= {"tokens": "t", "parent": "p"}
+    saved = save(store, 1, ends=True)
+    save(store, 2)
+    stage = saved.state["stage"]
+    found = again(store).end_of(saved.state["stage_index"], stage, 1)
+    assert found is not None and found.path == saved.path
+    assert found.state["made_from"] == {"parent": "p", "tokens": "t"}
+    assert again(store).end_of(saved.state["stage_index"], stage, 3) is None
+    flip(saved.path / "state.json")
+    assert again(store).end_of(saved.state["stage_index"], stage, 1) is None
