@@ -153,7 +153,6 @@ BY_ITSELF = [
     *((f"{SMALL}.architecture.layers.0.num_heads", value) for value in (6.5, "6", None)),
     *((f"{SMALL}.architecture.layers.0.kind", value) for value in ("moe", 3, None, [])),
     *((f"{SMALL}.architecture.layers.0.size", value) for value in (3,)),
-    *(("budgets", {name: {}}) for name in ("../x", "a/b", "")),
     *(("space", value) for value in ([], 3, None)),
     *(("space.choices", value) for value in ([], 3)),
     *(("space.choices.hidden", value) for value in ([], 13, [13, 13], [8, 13], [13, 8.5], [13, 0])),
@@ -171,6 +170,15 @@ def test_every_entry_has_its_type_and_range(tmp_path: Path, path: str, value: An
     written = json.loads((tmp_path / NAME).read_text())
     (tmp_path / NAME).write_text(json.dumps(changed(written, path, value)))
     refused(tmp_path, r"elastic\.json: damaged, ")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "x\n"])
+def test_a_budget_that_names_no_file_is_damage(tmp_path: Path, name: str) -> None:
+    example().write(tmp_path)
+    written = json.loads((tmp_path / NAME).read_text())
+    written["budgets"][name] = written["budgets"].pop("small")
+    (tmp_path / NAME).write_text(json.dumps(written))
+    refused(tmp_path, r"elastic\.json: damaged, budgets: the name '.*' must be a plain file name")
 
 
 def test_deep_nesting_is_damage(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run goes on from what it was begun with, or not at all: damage between two starts is named, and
 mended from what is whole or refused."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,9 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import elastic.training.train
-from elastic.config import ConfigError, RunConfig
+from elastic.config import CacheTeacherConfig, ConfigError, EvaluateConfig, RunConfig, parse
+from elastic.evaluate.family import evaluate
 from elastic.parent.sealed import NAME
 from elastic.storage.seals import SealBroken, Seals, damage
+from elastic.teacher.cache.write import write_cache
 from elastic.training.launch import launch
 
 TEXTS = "texts"
@@ -278,6 +281,7 @@ def test_a_parent_from_elsewhere_is_sealed_at_its_first_reading(
         ("model.safetensors", r"block 0 .*, seen in tensor|block 0 .*, seen in the header"),
         ("config.json", "block 0 "),
         ("cut", "model.safetensors: has 9,000 bytes"),
+        ("gone", "tokenizer_config.json: is missing"),
     ],
 )
 def test_a_parent_that_has_changed_since_is_refused(
@@ -288,6 +292,8 @@ def test_a_parent_that_has_changed_since_is_refused(
     stopped(config, 2)
     if name == "cut":
         os.truncate(parent / "model.safetensors", 9000)
+    elif name == "gone":
+        (parent / "tokenizer_config.json").unlink()
     else:
         flip(parent / name)
     way = "; restore the parent as it was when this run began, or choose another run_dir"
@@ -295,14 +301,35 @@ def test_a_parent_that_has_changed_since_is_refused(
         launch(config)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
 def test_a_parent_that_differs_from_its_own_seals_is_no_beginning(
-    whole: Path, texts: Path, tmp_path: Path
+    whole: Path, texts: Path, tmp_path: Path, name: str
 ) -> None:
     parent = Path(shutil.copytree(whole / "parent", tmp_path / "parent"))
-    flip(parent / "model.safetensors")
-    with pytest.raises(SealBroken, match="parent/model.safetensors: block 0"):
+    if name == "model.safetensors":
+        flip(parent / name)
+    else:
+        (parent / name).write_text((parent / name).read_text() + " ")
+    with pytest.raises(SealBroken, match=f"parent/{name}: (block 0|has .* bytes)"):
         launch(given(tmp_path / "run", parent, texts))
     assert not (tmp_path / "run" / NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["elastic", "parent", "data", "checkpoints"])
+def test_nothing_else_is_written_into_the_folders_of_a_run(
+    whole: Path, texts: Path, name: str
+) -> None:
+    """They are replaced whole, and sealed."""
+    before = files(whole)
+    evaluation = EvaluateConfig(run_dir=str(whole), output=str(whole / name / "family.json"))
+    with pytest.raises(ValueError, match=f"^output=.*: lies in .*/{name}, "):
+        evaluate(evaluation)
+    more = ["objective.teacher=offline", "objective.top_k=4"]
+    more += [f"objective.teacher_cache={whole / name / 'cache'}", on(texts)]
+    run = dataclasses.asdict(brief(whole, *more))
+    with pytest.raises(ValueError, match=f"^objective.teacher_cache=.*: lies in .*/{name}, "):
+        write_cache(parse(run | {"cache": {}}, CacheTeacherConfig))
+    assert files(whole) == before
 
 
 def test_a_run_inside_its_parent_is_refused(parent: Path, texts: Path) -> None:
