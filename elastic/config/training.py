@@ -39,18 +39,11 @@ class ObjectiveConfig:
     """Cross-entropy on the text itself."""
     budget_weight: float = 1.0
     """Relative distance of the expected size from the target."""
-    identity_weight: float = 10.0
-    """Pull of the full budget towards the full-size choices."""
     chunk_tokens: int = 2048
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "distillation_weight",
-            "cross_entropy_weight",
-            "budget_weight",
-            "identity_weight",
-        ):
+        for name in ("distillation_weight", "cross_entropy_weight", "budget_weight"):
             require(
                 getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0"
             )

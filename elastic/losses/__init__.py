@@ -1,4 +1,4 @@
-"""Losses, pure: distillation and cross-entropy through the LM heads in chunks, budget, identity.
+"""Losses, pure: distillation and cross-entropy through the LM heads in chunks, and the budget.
 
 Token losses are means over the counted tokens, in nats. No tensor [tokens, vocabulary] is ever
 formed.
@@ -9,7 +9,6 @@ from elastic.losses.divergences import TopK, distillation_dense, remainder_dense
 from elastic.losses.terms import (
     budget_distance,
     check_objective,
-    identity_distance,
     router_terms,
     token_terms,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "check_objective",
     "distillation_dense",
     "remainder_dense",
-    "identity_distance",
     "router_terms",
     "token_terms",
     "top_k_and_text",

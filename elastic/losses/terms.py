@@ -1,9 +1,7 @@
 """Named terms of the objective: losses of tokens, and of the router's expected sizes."""
 
 import dataclasses
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from elastic.config import ObjectiveConfig
@@ -54,28 +52,7 @@ def budget_distance(expected: Tensor, target: float) -> Tensor:
     return (expected / target - 1).abs().mean()
 
 
-def identity_distance(distributions: Mapping[str, Tensor]) -> Tensor:
-    """Squared distance of every axis from the full-size choice, index 0; for the full budget."""
-    total = torch.zeros(())
-    for values in distributions.values():
-        one_hot = torch.zeros_like(values)
-        one_hot[..., 0] = 1.0
-        total = total + (values - one_hot).square().mean()
-    return total
-
-
-def router_terms(
-    expected: Tensor,
-    target: float,
-    is_full: bool,
-    distributions: Mapping[str, Tensor],
-    config: ObjectiveConfig,
-) -> dict[str, Tensor]:
-    """Named router losses; `total` is their weighted sum. Only the full budget has an identity
-    loss."""
+def router_terms(expected: Tensor, target: float, config: ObjectiveConfig) -> dict[str, Tensor]:
+    """Named router losses; `total` is their weighted sum."""
     terms = {"budget": budget_distance(expected, target)}
-    total = config.budget_weight * terms["budget"]
-    if is_full:
-        terms["identity"] = identity_distance(distributions)
-        total = total + config.identity_weight * terms["identity"]
-    return terms | {"total": total}
+    return terms | {"total": config.budget_weight * terms["budget"]}

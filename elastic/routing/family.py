@@ -77,18 +77,18 @@ class Family:
         tokens."""
         if self.frozen is not None:
             return Draw(self.member(self.frozen[budget]), {}, {})
+        if self.targets[budget] == self.search.full:
+            return Draw(None, {}, {})  # nothing to choose, and no mask teaches it anything else
         now = schedule(self.config, progress / self.config.freeze_at)
         generator = torch.Generator().manual_seed(seed)
         logits = self.router(self.router.one_hot(self.names.index(budget)))
-        target = self.targets[budget]
-        is_full = target == self.search.full
         device = next(iter(logits.values())).device.type if logits else "cpu"
         # Masks and counts of parameters are products too: bfloat16 would be off by half a per cent.
         with torch.autocast(device, enabled=False):
             drawn = sample(logits, now, generator, self.config.hard_probability)
             keep = soft_keep(self.space, self.drop_order, drawn)
             expected = expected_parameters(self.space, self.drop_order, drawn)
-            terms = router_terms(expected, target, is_full, drawn, self.objective)
+            terms = router_terms(expected, self.targets[budget], self.objective)
         figures: dict[str, Tensor | float] = {
             "temperature": now.temperature,
             "scale": now.scale,

@@ -76,7 +76,7 @@ RULES: list[tuple[str, Any, str]] = [
     # objective
     *(
         (f"objective.{name}_weight", -1.0, NOT_NEGATIVE)
-        for name in "distillation cross_entropy budget identity".split()
+        for name in "distillation cross_entropy budget".split()
     ),
     ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
     ("objective.teacher", "parent", "one of replicated, zero3, cpu_offload, offline, in_place"),

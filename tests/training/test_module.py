@@ -244,7 +244,7 @@ def test_ranks_agree_on_budgets_weights_and_sizes(passes: str) -> None:
         assert (mine["budget"], mine["weight"]) == (other["budget"], other["weight"])
         assert mine["figures"].keys() == other["figures"].keys()
     for mine, other in zip(one[:4], two, strict=False):  # the first step: the same router still
-        assert mine["figures"]["expected_params"] == other["figures"]["expected_params"]
+        assert mine["figures"].get("expected_params") == other["figures"].get("expected_params")
     count = {"one": 1, "all": 4, "sandwich": 3}[passes]
     for start in range(0, len(one), count):
         budgets = [each["budget"] for each in one[start : start + count]]
@@ -344,13 +344,15 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [False, True], ids=["soft", "sliced"])
 @pytest.mark.parametrize(("passes", "teacher"), MODES)
 def test_no_step_reads_what_it_computes(passes: str, teacher: str, frozen: bool) -> None:
-    """But whether its gradient is finite; and the router once a pass, at what the host drew."""
+    """But whether its gradient is finite; and the router once a soft pass, at what the host
+    drew."""
     counts = []
     for steps in (1, 2):
         with Reads() as reads:
             record = train(module_of(frozen, teacher, passes), batches(), steps)
         counts.append(reads.count)
-    assert counts[1] - counts[0] == (1 if frozen else 2 + len(record.outputs) // 2)
+    soft = sum(out["budget"] != "a" for out in record.outputs[len(record.outputs) // 2 :])
+    assert counts[1] - counts[0] == (1 if frozen else 1 + (soft > 0) + soft)
 
 
 @pytest.mark.gpu

@@ -147,7 +147,7 @@ def test_metrics_name_every_term_and_every_budget(golden: Path) -> None:
     with (golden / "metrics.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     columns = set(table[0])
-    expected = {"train/distillation", "train/budget", "train/identity", "train/tokens_per_second"}
+    expected = {"train/distillation", "train/budget", "train/tokens_per_second"}
     expected |= {f"val/{name}/{term}" for name in BUDGETS for term in ("loss", "kl", "gap")}
     expected |= {"router/temperature", "router/scale", "train/model_lr", "train/router_lr"}
     assert expected <= columns, expected - columns
