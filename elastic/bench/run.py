@@ -31,7 +31,7 @@ from elastic.members.architecture import Space
 from elastic.members.search import Choice
 from elastic.parent import HybridParent
 from elastic.routing.curriculum import Stage, plan
-from elastic.routing.family import Family
+from elastic.routing.family import Family, smaller_budgets
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
 from elastic.training.module import ElasticModule
@@ -141,7 +141,7 @@ class _Bench:
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
         self.teacher = OnlineTeacher(self.parent, config.precision, None)
         self.families = {frozen: self._family() for frozen in (False, True)}
-        self.families[True].freeze(choices)
+        self.families[True].freeze(choices, 0.0)
         text = random_tokens(self.shape.vocab_size, SEQUENCES, config.sequence_length, config.seed)
         self.text = text.flatten().numpy()
 
@@ -150,7 +150,8 @@ class _Bench:
         config = self.config
         router_config = dataclasses.replace(config.router, freeze_at=1.0, settled_steps=0)
         generator = torch.Generator().manual_seed(config.seed)
-        router = Router(self.space, len(self.targets), router_config, generator)
+        smaller = smaller_budgets(self.shape, self.targets)
+        router = Router(self.space, len(smaller), router_config, generator)
         return Family(
             self.space,
             drop_order(self.space),

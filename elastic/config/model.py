@@ -300,16 +300,17 @@ class RouterConfig:
     hidden_units: int = 256
     """Width of each router's hidden layer."""
     full_bias: float = 3.0
-    """Head start of the full-size choice, in logits, so that training begins near the parent."""
+    """Head start of the full-size choice, in logits, so that training begins near the parent; added
+    after the scale."""
     temperature_start: float = 1.0
     """Gumbel-softmax temperature at the first elastic token."""
     temperature_end: float = 0.05
     """Temperature when the schedule ends; the decay is geometric."""
     scale_start: float = 1.0
-    """Factor on the logits at the first elastic token."""
+    """Factor on what the networks say at the first elastic token."""
     scale_end: float = 10.0
-    """Factor on the logits when the schedule ends; the growth is linear."""
-    freeze_at: float = 0.5
+    """Factor when the schedule ends; the growth is linear."""
+    freeze_at: float = 0.1
     """Share of the elastic tokens after which the choices are final and steps run sliced; schedules
     end here."""
     settled_steps: int = 0

@@ -37,13 +37,16 @@ class ObjectiveConfig:
     """Distillation temperature, for both models."""
     cross_entropy_weight: float = 0.0
     """Cross-entropy on the text itself."""
-    budget_weight: float = 1.0
-    """Relative distance of the expected size from the target."""
+    budget_weight: float = 30.0
+    """Half the square of the expected size's relative distance from the target."""
+    budget_rate: float = 0.3
+    """Growth per optimizer step of the price of a size that is off its target, per unit of that
+    distance, which counts at most a tenth; 0 keeps the weight alone."""
     chunk_tokens: int = 2048
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        for name in ("distillation_weight", "cross_entropy_weight", "budget_weight"):
+        for name in ("distillation_weight", "cross_entropy_weight", "budget_weight", "budget_rate"):
             require(
                 getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0"
             )
@@ -99,10 +102,11 @@ class StageConfig:
     (arXiv 1903.05134)."""
     model_lr: float
     """Peak learning rate of the weights."""
-    router_lr: float = 1e-2
+    router_lr: float = 1e-3
     """Peak learning rate of the routers."""
-    warmup_steps: int = 60
-    """Optimizer steps of linear warmup."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warmup; of the first stage of a mode alone. The peak is held until
+    the choices are final, and the cosine runs from there to the end of the last stage."""
     final_lr_ratio: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
 
@@ -159,6 +163,13 @@ class CurriculumConfig:
             list(self.stages),
             "at least one stage of mode elastic",
         )
+        for (name, stage), before in zip(self.stages.items(), [None, *modes], strict=False):
+            require(
+                stage.mode != before or stage.warmup_steps == 0,
+                f"curriculum.stages.{name}.warmup_steps",
+                stage.warmup_steps,
+                f"0: another {stage.mode} stage comes before, and there is no second warmup",
+            )
         require(
             modes == sorted(modes, key=("pretrain", "elastic").index),
             "curriculum.stages",

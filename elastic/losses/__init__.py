@@ -7,8 +7,8 @@ formed.
 from elastic.losses.chunked import Head, top_k_and_text, top_k_of
 from elastic.losses.divergences import TopK, distillation_dense, remainder_dense
 from elastic.losses.terms import (
-    budget_distance,
     check_objective,
+    next_multiplier,
     router_terms,
     token_terms,
 )
@@ -16,9 +16,9 @@ from elastic.losses.terms import (
 __all__ = [
     "Head",
     "TopK",
-    "budget_distance",
     "check_objective",
     "distillation_dense",
+    "next_multiplier",
     "remainder_dense",
     "router_terms",
     "token_terms",

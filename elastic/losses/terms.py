@@ -8,6 +8,9 @@ from elastic.config import ObjectiveConfig
 from elastic.losses.chunked import Head, head_loss, require_top_k
 from elastic.losses.divergences import TopK
 
+FAR = 0.1
+"""Largest distance from the target, as a share of it, that a multiplier grows by."""
+
 
 def check_objective(config: ObjectiveConfig, vocab_size: int) -> None:
     """Raise ConfigError when the objective does not fit a parent's vocabulary."""
@@ -47,12 +50,26 @@ def token_terms(
     return terms | {"total": total}
 
 
-def budget_distance(expected: Tensor, target: float) -> Tensor:
-    """|expected size / target - 1|, mean over the batch (arXiv 2511.16664, section 3.3)."""
-    return (expected / target - 1).abs().mean()
+def router_terms(
+    expected: Tensor, target: float, multiplier: Tensor, config: ObjectiveConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a budget's router pays for an expected size that is not its target, and the excess
+    expected / target - 1 itself, without gradient.
+
+    An augmented Lagrangian: multiplier x excess + budget_weight / 2 x excess^2. A fixed price of
+    the distance (arXiv 2511.16664, section 3.3) ends off the target wherever distillation gains
+    more by size than that price; the multiplier grows until it does not (`next_multiplier`).
+    """
+    excess = (expected / target - 1).mean()
+    total = multiplier * excess + config.budget_weight / 2 * excess.square()
+    return {"budget": excess.abs(), "total": total}, excess.detach()
 
 
-def router_terms(expected: Tensor, target: float, config: ObjectiveConfig) -> dict[str, Tensor]:
-    """Named router losses; `total` is their weighted sum."""
-    terms = {"budget": budget_distance(expected, target)}
-    return terms | {"total": config.budget_weight * terms["budget"]}
+def next_multiplier(multiplier: Tensor, excess: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Dual ascent, once per optimizer step: the price rises while a member is too large, and falls
+    while it is too small.
+
+    An excess counts at most `FAR`: on the way from the whole parent down the quadratic term does
+    the work, and a price that grew all the way would carry the size far below the target.
+    """
+    return multiplier + config.budget_rate * excess.clamp(-FAR, FAR)

@@ -31,6 +31,8 @@ class Stage:
     """Tokens of all stages of this mode."""
     steps_before: int
     """Optimizer steps of all stages before this one, whatever their mode."""
+    warm_at: float
+    """Share of the tokens of this mode at which its warmup, in its first stage, is over."""
 
     @property
     def tokens(self) -> int:
@@ -60,8 +62,10 @@ def plan(
     totals = dict(seen)
     for name, stage in stages.items():
         totals[stage.mode] += steps[name] * stage.batch_tokens
+    warm: dict[str, float] = {}
     planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
+        warm.setdefault(stage.mode, stage.warmup_steps * stage.batch_tokens / totals[stage.mode])
         sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size)
         micro = _micro_sequences(stage, trainer, sequences)
         passes = _pass_count(stage, budgets)
@@ -77,6 +81,7 @@ def plan(
                 tokens_before=seen[stage.mode],
                 tokens_of_mode=totals[stage.mode],
                 steps_before=sum(earlier.steps for earlier in planned),
+                warm_at=warm[stage.mode],
             )
         )
         seen[stage.mode] += planned[-1].tokens
@@ -168,12 +173,17 @@ def draw_passes(
     return [Pass(name, 1.0) for name in (largest, middle, smallest)]
 
 
-def learning_rate_factor(stage: StageConfig, steps: int, step: int) -> float:
-    """Linear warmup, then a cosine down to `final_lr_ratio`; a share of the peak, at `step` of
-    `steps`."""
-    if step < stage.warmup_steps:
-        return (step + 1) / stage.warmup_steps
-    span = max(1, steps - stage.warmup_steps)
-    progress = min(1.0, (step - stage.warmup_steps) / span)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return stage.final_lr_ratio + (1 - stage.final_lr_ratio) * cosine
+def learning_rate_factor(stage: Stage, step: int, held_until: float) -> float:
+    """Share of the peak at optimizer step `step` of a stage: linear warmup, the peak, and from
+    `held_until` a cosine down to `final_lr_ratio`.
+
+    One schedule over all stages of a mode. `held_until` is a share of their tokens: 0 begins the
+    cosine after the warmup, 1 holds the peak to the end.
+    """
+    warmup = stage.config.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    start = max(held_until, stage.warm_at)
+    passed = (stage.progress(step) - start) / max(1 - start, 1e-9)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(passed, 0.0), 1.0)))
+    return stage.config.final_lr_ratio + (1 - stage.config.final_lr_ratio) * cosine

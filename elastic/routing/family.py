@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.config import ObjectiveConfig, RouterConfig, SpaceConfig
-from elastic.losses import router_terms
+from elastic.config import ObjectiveConfig, ParentShape, RouterConfig, SpaceConfig
+from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Architecture, Selection, Space
 from elastic.members.cost import parameters
-from elastic.members.search import Choice, Search, Unreachable
+from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.parent import Member
 from elastic.routing.masks import soft_keep
 from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 
 SETTLED = 0.9
 """Least probability of every choice that counts as settled."""
+
+
+def smaller_budgets(shape: ParentShape, targets: Mapping[str, int]) -> list[str]:
+    """Budgets that have a choice; the whole parent has none."""
+    full = parameters(shape, Architecture.full(shape))
+    return [name for name, target in targets.items() if target < full]
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,20 @@ class Family:
         self.own = {name: position for position, name in enumerate(smaller)}
         """Budgets with norm weights of their own, by position; the whole parent has none."""
         self.frozen: dict[str, Choice] | None = None
+        self.held_until = 1.0
+        """Share of the elastic tokens after which rates fall: where the choices became final."""
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0
         self._printed = ""
+        self._excess: dict[int, Tensor] = {}
         flat: dict[str, dict] = {name: {} for name in self.targets}
         # Unreachable targets stop here; and this family is there should the router's search fail.
         self._some_family = self.search.family(self.targets, flat, self.nested)
+
+    @property
+    def learned(self) -> list[str]:
+        """Budgets that have a choice, in the order of the router."""
+        return smaller_budgets(self.space.shape, self.targets)
 
     @property
     def names(self) -> list[str]:
@@ -81,21 +95,35 @@ class Family:
             return Draw(None, {}, {})  # nothing to choose, and no mask teaches it anything else
         now = schedule(self.config, progress / self.config.freeze_at)
         generator = torch.Generator().manual_seed(seed)
-        logits = self.router(self.router.one_hot(self.names.index(budget)))
-        device = next(iter(logits.values())).device.type if logits else "cpu"
+        index = self.learned.index(budget)
+        logits = self.router(index, now.scale)
+        multiplier = self.router.multipliers[index].clone()  # it is stepped in place
         # Masks and counts of parameters are products too: bfloat16 would be off by half a per cent.
-        with torch.autocast(device, enabled=False):
-            drawn = sample(logits, now, generator, self.config.hard_probability)
+        with torch.autocast(multiplier.device.type, enabled=False):
+            drawn = sample(logits, now.temperature, generator, self.config.hard_probability)
             keep = soft_keep(self.space, self.drop_order, drawn)
-            expected = expected_parameters(self.space, self.drop_order, drawn)
-            terms = router_terms(expected, self.targets[budget], self.objective)
+            # Of the distribution itself: noise would be paid for by making it narrow first.
+            even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
+            expected = expected_parameters(self.space, self.drop_order, even)
+            terms, excess = router_terms(expected, self.targets[budget], multiplier, self.objective)
+        self._excess[index] = excess
         figures: dict[str, Tensor | float] = {
             "temperature": now.temperature,
             "scale": now.scale,
-            "entropy": entropy({a: torch.softmax(now.scale * z, -1) for a, z in logits.items()}),
+            "entropy": entropy(even),
             "expected_params": expected.mean(),
+            "multiplier": multiplier,
         }
         return Draw(keep, terms, {name: _detached(value) for name, value in figures.items()})
+
+    def raise_prices(self, stepped: bool) -> None:
+        """After an optimizer step: the multipliers of the budgets that it drew follow how far their
+        sizes were off; `stepped` is false where the step was left out."""
+        if stepped:
+            for index, excess in self._excess.items():
+                price = self.router.multipliers[index]
+                price.copy_(next_multiplier(price, excess, self.objective))
+        self._excess.clear()
 
     def member(self, choice: Choice) -> Member:
         """How to run a choice: None when it is the whole parent."""
@@ -107,10 +135,9 @@ class Family:
         if self.frozen is not None:
             return self.frozen
         scale = schedule(self.config, progress / self.config.freeze_at).scale
-        log_probabilities = {
-            name: self.router.log_probabilities(index, scale)
-            for index, name in enumerate(self.names)
-        }
+        log_probabilities: dict[str, LogProbabilities] = {name: {} for name in self.names}
+        for index, name in enumerate(self.learned):
+            log_probabilities[name] = self.router.log_probabilities(index, scale)
         try:
             return self.search.family(self.targets, log_probabilities, self.nested)
         except Unreachable as error:
@@ -132,12 +159,12 @@ class Family:
             return False
         due = progress >= self.config.freeze_at or self._has_settled(progress)
         if due:
-            self.freeze(self.choices(progress))
+            self.freeze(self.choices(progress), progress)
         return due
 
-    def freeze(self, choices: dict[str, Choice]) -> None:
+    def freeze(self, choices: dict[str, Choice], progress: float) -> None:
         """Fix the choices for good; the router learns no more."""
-        self.frozen = choices
+        self.frozen, self.held_until = choices, progress
         self.router.requires_grad_(False)
         log.info("router frozen; %s", self.news(choices))
 
@@ -147,7 +174,7 @@ class Family:
         scale = schedule(self.config, progress / self.config.freeze_at).scale
         picks: list[tuple[str, int]] = []
         sure = True
-        for index in range(len(self.names)):
+        for index in range(len(self.learned)):
             for axis, values in self.router.log_probabilities(index, scale).items():
                 picks.extend((axis, int(pick)) for pick in values.argmax(-1))
                 sure = sure and bool((values.max(-1) > math.log(SETTLED)).all())
@@ -163,10 +190,16 @@ class Family:
                 name: {axis: [int(pick) for pick in picks] for axis, picks in c.selection.items()}
                 for name, c in self.frozen.items()
             }
-        return {"frozen": frozen, "settled": self._settled, "picks": self._last_picks}
+        return {
+            "frozen": frozen,
+            "held_until": self.held_until,
+            "settled": self._settled,
+            "picks": self._last_picks,
+        }
 
     def load_state(self, state: dict) -> None:
         """Inverse of `state`."""
+        self.held_until = state["held_until"]
         self._settled = state["settled"]
         self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
         if state["frozen"] is not None:

@@ -1,8 +1,9 @@
 """Budget -> distribution over the choices of every axis (arXiv 2511.16664, section 3.3).
 
-One small network per axis reads the one-hot budget. Its logits, scaled and with Gumbel noise, give
-a softmax whose temperature falls while training goes on. Nothing here is random by itself: the
-noise comes from a generator that the caller seeds.
+Each budget has one small network per axis, and shares no weight with another budget: a step that
+draws one leaves the choices of all others where they are. Their logits, scaled and with Gumbel
+noise, give a softmax whose temperature falls while training goes on. Nothing here is random by
+itself: the noise comes from a generator that the caller seeds.
 """
 
 import math
@@ -26,7 +27,7 @@ LEAK = 0.1
 
 @dataclass(frozen=True)
 class Schedule:
-    """Gumbel-softmax temperature and factor on the logits at one moment."""
+    """Gumbel-softmax temperature and factor on what the networks say at one moment."""
 
     temperature: float
     scale: float
@@ -42,49 +43,58 @@ def schedule(config: RouterConfig, progress: float) -> Schedule:
 
 
 class Router(nn.Module):
-    """One two-layer network per elastic axis, from the one-hot budget to logits."""
+    """Two layers per budget and elastic axis. What they say is scaled; the head start of the
+    full-size choice is added to that, so that it stays what it is while the scale grows.
+
+    Args:
+        budgets: how many budgets have a choice; the whole parent has none.
+    """
+
+    multipliers: Tensor
+    """(budgets,): prices of being larger than the target; see `losses.router_terms`."""
 
     def __init__(
         self, space: Space, budgets: int, config: RouterConfig, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.space, self.budgets = space, budgets
-        self.axes = nn.ModuleDict()
-        for axis in space.elastic_axes:
-            outputs = space.decisions(axis) * len(space.choices[axis])
-            first, second = (
-                nn.Linear(budgets, config.hidden_units),
-                nn.Linear(config.hidden_units, outputs),
-            )
-            with torch.no_grad():
-                for layer in (first, second):
-                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 0.1)
-                    layer.bias.zero_()
-                second.bias.view(space.decisions(axis), -1)[:, 0] = config.full_bias
-            self.axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+        self.space, self.head_start = space, config.full_bias
+        self.register_buffer("multipliers", torch.zeros(budgets), persistent=False)
+        self.budgets = nn.ModuleList()
+        for _ in range(budgets):
+            axes = nn.ModuleDict()
+            for axis in space.elastic_axes:
+                outputs = space.decisions(axis) * len(space.choices[axis])
+                # What a layer makes of a one-hot budget is the column of that budget.
+                first, second = (
+                    nn.Linear(1, config.hidden_units),
+                    nn.Linear(config.hidden_units, outputs),
+                )
+                with torch.no_grad():
+                    for layer in (first, second):
+                        noise = torch.randn(layer.weight.shape, generator=generator)
+                        layer.weight.copy_(noise * 0.1)
+                        layer.bias.zero_()
+                axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+            self.budgets.append(axes)
 
-    def forward(self, budget: Tensor) -> dict[str, Tensor]:
-        """One-hot (or mixed) budgets (b, budgets) -> axis -> logits (b, decisions, choices), in
-        float32 whatever the precision around it."""
-        with torch.autocast(budget.device.type, enabled=False):
-            return {
-                axis: network(budget).unflatten(-1, (self.space.decisions(axis), -1))
-                for axis, network in self.axes.items()
-            }
-
-    def one_hot(self, budget: int) -> Tensor:
-        """(1, budgets)."""
-        row = next(self.parameters(), torch.zeros(())).new_zeros(1, self.budgets)
-        row[:, budget] = 1.0  # a fill, where a tensor of the index would wait for the device
-        return row
+    def forward(self, budget: int, scale: float) -> dict[str, Tensor]:
+        """Logits of a budget, axis -> (1, decisions, choices), in float32 whatever the precision
+        around it; their softmax is how probable each choice is."""
+        axes, logits = self.budgets[budget], {}
+        assert isinstance(axes, nn.ModuleDict)
+        with torch.autocast(self.multipliers.device.type, enabled=False):
+            for axis, network in axes.items():
+                said = network(self.multipliers.new_ones(1, 1))
+                logits[axis] = scale * said.unflatten(-1, (self.space.decisions(axis), -1))
+                logits[axis][..., 0] += self.head_start
+        return logits
 
     @torch.no_grad()
     def log_probabilities(self, budget: int, scale: float) -> dict[str, np.ndarray]:
         """Noise-free log-probabilities per axis, (decisions, choices), for the decision."""
-        logits = self(self.one_hot(budget))
         return {
-            axis: torch.log_softmax(scale * values[0].double(), dim=-1).cpu().numpy()
-            for axis, values in logits.items()
+            axis: torch.log_softmax(values[0].double(), dim=-1).cpu().numpy()
+            for axis, values in self(budget, scale).items()
         }
 
 
@@ -99,6 +109,7 @@ class RouterOptimizer:
 
     def __init__(self, router: Router, config: OptimConfig) -> None:
         self.weights, self.clip = dict(router.named_parameters()), config.gradient_clip
+        self.multipliers = router.multipliers
         betas = (config.beta1, config.beta2)
         group = {"params": list(self.weights.values())}
         self.adam = torch.optim.AdamW(
@@ -106,7 +117,10 @@ class RouterOptimizer:
         )
 
     def step(self, rate: float) -> bool:
-        """Step by the mean gradient of all processes; False if it is not finite: nothing moves."""
+        """Step by the mean gradient of all processes; False if it is not finite: nothing moves.
+
+        Nor does a budget that no pass of the step drew: its weights have no gradient.
+        """
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
         if not gradients:  # frozen, or nothing to choose
             return True
@@ -130,8 +144,9 @@ class RouterOptimizer:
         self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, moments and steps by name, for a checkpoint."""
+        """Weights, multipliers, moments and steps by name, for a checkpoint."""
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
+        tensors["multipliers"] = self.multipliers
         for name, weight in self.weights.items():
             for key in ("step", *self.MOMENTS):
                 if weight in self.adam.state:
@@ -141,6 +156,7 @@ class RouterOptimizer:
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
+        self.multipliers.copy_(tensors["multipliers"])
         for name, weight in self.weights.items():
             weight.copy_(tensors[f"weight.{name}"])
             if f"step.{name}" in tensors:
@@ -152,7 +168,7 @@ class RouterOptimizer:
 
 def sample(
     logits: Mapping[str, Tensor],
-    now: Schedule,
+    temperature: float,
     generator: torch.Generator,
     hard_probability: float = 0.0,
 ) -> dict[str, Tensor]:
@@ -165,7 +181,7 @@ def sample(
     drawn = {}
     for axis, gumbel in _gumbel(logits, generator).items():
         values = logits[axis]
-        soft = torch.softmax((now.scale * values + gumbel) / now.temperature, dim=-1)
+        soft = torch.softmax((values + gumbel) / temperature, dim=-1)
         if hard:
             one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
             soft = one_hot + soft - soft.detach()

@@ -8,7 +8,7 @@ import torch
 from elastic.importance import Ranking
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
-from elastic.routing.family import Family
+from elastic.routing.family import Family, smaller_budgets
 from elastic.routing.router import Router
 from elastic.teacher import Teacher, build_teacher, cache_contents
 from elastic.training.setup import Setup
@@ -36,7 +36,8 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
     """Budgets, and the router that chooses a member for each."""
     config = setup.config
     generator = torch.Generator().manual_seed(config.seed + 1)
-    router = Router(setup.space, len(setup.targets), config.router, generator)
+    smaller = smaller_budgets(setup.shape, setup.targets)
+    router = Router(setup.space, len(smaller), config.router, generator)
     return Family(
         setup.space,
         ranking.drop_order,

@@ -117,7 +117,8 @@ class ElasticModule(L.LightningModule):
 
     def rates(self, step: int) -> tuple[float, float]:
         """Learning rates of weights and routers in optimizer step `step` of the stage."""
-        factor = learning_rate_factor(self.stage.config, self.stage.steps, step)
+        held = 0.0 if self.family is None else self.family.held_until
+        factor = learning_rate_factor(self.stage, step, held)
         return self.stage.config.model_lr * factor, self.stage.config.router_lr * factor
 
     def on_fit_start(self) -> None:
@@ -266,6 +267,8 @@ class ElasticModule(L.LightningModule):
                 good = self.router_optimizer.step(self.rates(self.step - 1)[1])
             else:
                 self.router_optimizer.forget()
+        if self.family is not None:
+            self.family.raise_prices(good)
         self.bad_steps = 0 if good else self.bad_steps + 1
         if good:
             return

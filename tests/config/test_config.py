@@ -78,6 +78,7 @@ RULES: list[tuple[str, Any, str]] = [
         (f"objective.{name}_weight", -1.0, NOT_NEGATIVE)
         for name in "distillation cross_entropy budget".split()
     ),
+    ("objective.budget_rate", -1.0, NOT_NEGATIVE),
     ("objective.distillation_weight", 0.0, "or objective.cross_entropy_weight must be"),
     ("objective.teacher", "parent", "one of replicated, zero3, cpu_offload, offline, in_place"),
     ("objective.divergence", "kl", "one of forward_kl, reverse_kl, jsd"),
@@ -234,6 +235,16 @@ def test_pretraining_comes_first() -> None:
     stages = {"all": STAGE, "warm": STAGE | {"mode": "pretrain"}}
     line = refusal(changed("curriculum.stages", stages))
     assert line.startswith("curriculum.stages=['all', 'warm']: must be ordered: every pretrain")
+
+
+def test_a_later_stage_has_no_second_warmup() -> None:
+    stages = {"warm": STAGE | {"mode": "pretrain"}, "all": STAGE | {"warmup_steps": 2}}
+    parse(changed("curriculum.stages", stages), RunConfig)
+    line = refusal(changed("curriculum.stages", stages | {"last": STAGE | {"warmup_steps": 2}}))
+    assert line == (
+        "curriculum.stages.last.warmup_steps=2: must be 0: another elastic stage comes before, and "
+        "there is no second warmup"
+    )
 
 
 def test_a_random_parent_is_pretrained_and_a_stored_one_need_not_be() -> None:

@@ -7,8 +7,8 @@ from helpers.heads import head, logits, targets, teacher_head
 
 from elastic.config import ObjectiveConfig
 from elastic.losses import (
-    budget_distance,
     distillation_dense,
+    next_multiplier,
     router_terms,
     token_terms,
 )
@@ -67,16 +67,17 @@ def test_without_a_teacher_only_the_text_counts() -> None:
 # Router
 
 
-def test_budget_distance_is_relative_and_absolute() -> None:
-    assert budget_distance(torch.tensor([80.0]), 100).item() == pytest.approx(0.2)
-    assert budget_distance(torch.tensor([120.0]), 100).item() == pytest.approx(0.2)
-    assert budget_distance(torch.tensor([80.0, 100.0]), 100).item() == pytest.approx(0.1)
-    assert budget_distance(torch.tensor([80.0, 120.0]), 100).item() == pytest.approx(0.2)
-    assert budget_distance(torch.tensor([12e9]), 6e9).item() == pytest.approx(1.0)
+def test_the_router_pays_price_and_square_of_the_excess() -> None:
+    config = ObjectiveConfig(budget_weight=3.0)
+    for size, off in ((80.0, -0.2), (120.0, 0.2), (100.0, 0.0)):
+        terms, excess = router_terms(torch.tensor([size]), 100.0, torch.tensor(0.5), config)
+        assert excess.item() == pytest.approx(off)
+        assert terms["budget"].item() == pytest.approx(abs(off))
+        assert terms["total"].item() == pytest.approx(0.5 * off + 1.5 * off**2)
 
 
-def test_the_router_pays_the_weighted_distance() -> None:
-    terms = router_terms(torch.tensor([80.0]), 100.0, ObjectiveConfig(budget_weight=3.0))
-    assert set(terms) == {"budget", "total"}
-    assert terms["budget"].item() == pytest.approx(0.2)
-    assert terms["total"].item() == pytest.approx(3.0 * 0.2)
+def test_the_price_follows_the_excess_and_no_further_than_a_tenth() -> None:
+    config, price = ObjectiveConfig(budget_rate=2.0), torch.tensor(0.5)
+    for excess, expected in ((0.05, 0.6), (-0.05, 0.4), (1.0, 0.7), (-0.9, 0.3), (0.0, 0.5)):
+        found = next_multiplier(price, torch.tensor(excess), config)
+        assert found.item() == pytest.approx(expected)

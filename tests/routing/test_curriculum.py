@@ -314,39 +314,52 @@ def test_draws_leave_the_global_generator_alone() -> None:
 # Learning rate
 
 
+def factors(stages: list[Stage], held_until: float) -> list[float]:
+    return [
+        learning_rate_factor(each, step, held_until)
+        for each in stages
+        for step in range(each.steps)
+    ]
+
+
 def test_warmup_is_linear_and_reaches_the_peak() -> None:
-    config = stage(warmup_steps=4)
-    factors = [learning_rate_factor(config, 100, step) for step in range(5)]
-    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
+    planned = only(stage(tokens=10_000, warmup_steps=4))
+    assert factors([planned], 0.5)[:50] == [0.25, 0.5, 0.75] + [1.0] * 47
 
 
-def test_without_warmup_the_first_step_is_the_peak() -> None:
-    assert learning_rate_factor(stage(), 100, 0) == 1.0
+def test_without_warmup_the_first_step_has_the_peak() -> None:
+    assert learning_rate_factor(only(stage()), 0, 0.0) == 1.0
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-def test_the_cosine_ends_at_its_final_share(final: float) -> None:
-    config = stage(warmup_steps=10, final_lr_ratio=final)
-    assert learning_rate_factor(config, 110, 110) == pytest.approx(final)
-    assert learning_rate_factor(config, 110, 500) == pytest.approx(final), "and stays there"
-    middle = (1 + final) / 2
-    assert learning_rate_factor(config, 110, 60) == pytest.approx(middle)
+def test_the_cosine_ends_at_its_final_ratio(final: float) -> None:
+    planned = only(stage(tokens=11_000, warmup_steps=10, final_lr_ratio=final))
+    assert learning_rate_factor(planned, 110, 0.0) == pytest.approx(final)
+    middle = final + (1 - final) / 2
+    assert learning_rate_factor(planned, 60, 0.0) == pytest.approx(middle)
+    assert learning_rate_factor(planned, 60, 10 / 110) == pytest.approx(middle)
+    assert learning_rate_factor(planned, 110, 1.0) == 1.0, "held to the end"
 
 
-def test_the_cosine_only_falls() -> None:
-    config = stage(warmup_steps=10)
-    factors = [learning_rate_factor(config, 110, step) for step in range(10, 111)]
-    assert all(before > after for before, after in itertools.pairwise(factors))
-    slopes = [before - after for before, after in itertools.pairwise(factors)]
-    assert slopes[50] == max(slopes) and slopes[0] < 0.1 * slopes[50]
+def test_one_schedule_runs_over_all_stages_of_a_mode() -> None:
+    """One warmup, the peak until the choices are final, then a cosine across the border."""
+    stages = {
+        "learn": stage(mode="pretrain", tokens=1000, warmup_steps=2),
+        "short": stage(tokens=6000, warmup_steps=3),
+        "long": stage(tokens=4000),
+    }
+    learn, *elastic = plan(stages, TrainerConfig(), BUDGETS)
+    assert factors([learn], 0.0)[:3] == [0.5, 1.0, 1.0]
+    found = factors(elastic, 0.2)
+    assert found[:20] == [1 / 3, 2 / 3] + [1.0] * 18 and found[20] == 1.0
+    for step in range(20, 100):
+        expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 20) / 80))
+        assert found[step] == pytest.approx(expected)
 
 
-@given(st.integers(1, 50), st.integers(0, 60), st.floats(0, 1))
-def test_the_learning_rate_is_always_between_0_and_its_peak(
-    steps: int, warmup: int, final: float
-) -> None:
-    """Also when the warmup is longer than the stage."""
-    config = stage(warmup_steps=warmup, final_lr_ratio=final)
+@given(st.integers(1, 50), st.integers(0, 60), st.floats(0, 1), st.floats(0, 1))
+def test_factors_are_shares_of_the_peak(steps: int, warmup: int, final: float, held: float) -> None:
+    planned = only(stage(tokens=100 * steps, warmup_steps=warmup, final_lr_ratio=final))
     for step in range(steps + 1):
-        assert 0 <= learning_rate_factor(config, steps, step) <= 1
-        assert learning_rate_factor(config, steps, step) > 0 or step == steps
+        assert 0 <= learning_rate_factor(planned, step, held) <= 1
+        assert learning_rate_factor(planned, step, held) > 0 or step == steps
