@@ -49,7 +49,8 @@ def stage(name: str, steps: int, length: int = 64, batch: int = 512, lr: float =
         f"{where}.sequence_length={length}",
         f"{where}.batch_tokens={batch}",
         f"{where}.model_lr={lr}",
-        f"{where}.warmup_steps={0 if name == 'long' else max(1, steps // 10)}",
+        # A second elastic stage has no warmup of its own.
+        *([] if name == "long" else [f"{where}.warmup_steps={max(1, steps // 10)}"]),
     ]
 
 
