@@ -313,6 +313,9 @@ class RouterConfig:
     freeze_at: float = 0.1
     """Share of the elastic tokens after which the choices are final and steps run sliced; schedules
     end here."""
+    candidates: int = 8
+    """Members per budget, the router's most probable ones, whose distillation loss is compared when
+    the choices become final; 1 takes the most probable unmeasured."""
     settled_steps: int = 0
     """Freeze earlier once every choice has been the same, with probability over 0.9, for this many
     optimizer steps; 0 never does."""
@@ -330,6 +333,7 @@ class RouterConfig:
         require(self.scale_start > 0, "router.scale_start", self.scale_start, "positive")
         require(self.scale_end > 0, "router.scale_end", self.scale_end, "positive")
         require(0 < self.freeze_at <= 1, "router.freeze_at", self.freeze_at, "in (0, 1]")
+        require(1 <= self.candidates <= 64, "router.candidates", self.candidates, "in [1, 64]")
         require(self.settled_steps >= 0, "router.settled_steps", self.settled_steps, "at least 0")
         require(
             0 <= self.hard_probability <= 1,

@@ -128,6 +128,21 @@ class Search:
             choices[name] = Choice(selection, architecture, params)
         return choices
 
+    def members(self, target: int, log_probabilities: LogProbabilities, count: int) -> list[Choice]:
+        """The most probable members that meet a target, at most `count`; nested or not."""
+        found: dict[Architecture, Choice] = {}
+        for _, selection in self._candidates(target, log_probabilities, self._whole(), FILLINGS):
+            architecture = self.space.architecture(selection, self.drop_order)
+            params = parameters(self.space.shape, architecture)
+            found.setdefault(architecture, Choice(selection, architecture, params))
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def log_probability(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
+        """Of a member, under independent choices."""
+        return self._score(log_probabilities, selection)
+
     def _whole(self) -> Selection:
         return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
 

@@ -14,9 +14,10 @@ from elastic.members.architecture import Architecture, Selection, Space
 from elastic.members.cost import parameters
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.parent import Member
+from elastic.routing.decide import Compare, Decision, least_loss
 from elastic.routing.masks import soft_keep
 from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
-from elastic.routing.table import describe
+from elastic.routing.table import account, describe
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Family:
         self.own = {name: position for position, name in enumerate(smaller)}
         """Budgets with norm weights of their own, by position; the whole parent has none."""
         self.frozen: dict[str, Choice] | None = None
+        self.decisions: dict[str, Decision] = {}
+        """How the frozen members were chosen, by budget; the whole parent is not."""
         self.held_until = 1.0
         """Share of the elastic tokens after which rates fall: where the choices became final."""
         self._last_picks: list[tuple[str, int]] = []
@@ -130,14 +133,18 @@ class Family:
         whole = Architecture.full(self.space.shape)
         return None if choice.architecture == whole else choice.architecture
 
+    def _log_probabilities(self, progress: float) -> dict[str, LogProbabilities]:
+        scale = schedule(self.config, progress / self.config.freeze_at).scale
+        found: dict[str, LogProbabilities] = {name: {} for name in self.names}
+        for index, name in enumerate(self.learned):
+            found[name] = self.router.log_probabilities(index, scale)
+        return found
+
     def choices(self, progress: float) -> dict[str, Choice]:
         """The family as it would be cut now."""
         if self.frozen is not None:
             return self.frozen
-        scale = schedule(self.config, progress / self.config.freeze_at).scale
-        log_probabilities: dict[str, LogProbabilities] = {name: {} for name in self.names}
-        for index, name in enumerate(self.learned):
-            log_probabilities[name] = self.router.log_probabilities(index, scale)
+        log_probabilities = self._log_probabilities(progress)
         try:
             return self.search.family(self.targets, log_probabilities, self.nested)
         except Unreachable as error:
@@ -152,15 +159,63 @@ class Family:
         self._printed = table
         return f"the family is\n{table}"
 
-    def freeze_if_due(self, progress: float) -> bool:
+    def freeze_if_due(self, progress: float, compare: Compare | None = None) -> bool:
         """Fix the choices when the schedule says so, or when they have settled; True if just
-        now."""
+        now.
+
+        `compare` measures candidates; without it, or with one candidate, the router's most probable
+        family is taken unmeasured.
+        """
         if self.frozen is not None:
             return False
         due = progress >= self.config.freeze_at or self._has_settled(progress)
         if due:
-            self.freeze(self.choices(progress), progress)
+            self.freeze(self._decided(progress, compare), progress)
         return due
+
+    def _decided(self, progress: float, compare: Compare | None) -> dict[str, Choice]:
+        """The family to freeze; keeps how it was decided in `decisions`."""
+        probable = self.choices(progress)
+        log_probabilities = self._log_probabilities(progress)
+        candidates: dict[str, list[Choice]] = {name: [probable[name]] for name in self.names}
+        for name in self.learned:
+            more = self.search.members(
+                self.targets[name], log_probabilities[name], self.config.candidates
+            )
+            new = [c for c in more if c.architecture != probable[name].architecture]
+            candidates[name] += new[: self.config.candidates - 1]
+        if compare is None or all(len(choices) == 1 for choices in candidates.values()):
+            losses = {name: [math.nan] * len(choices) for name, choices in candidates.items()}
+            picked = dict.fromkeys(candidates, 0)
+        else:
+            losses = {name: list(values) for name, values in compare(candidates).items()}
+            picked = least_loss(candidates, losses, self.nested)
+        for name in self.learned:
+            chosen = candidates[name][picked[name]]
+            own = self._router_choice(log_probabilities[name])
+            found = [
+                {"architecture": choice.architecture.to_json(), "kl": kl, "tokens": 0}
+                for choice, kl in zip(candidates[name], losses[name], strict=True)
+                if not math.isnan(kl)
+            ]
+            self.decisions[name] = Decision(
+                own.architecture,
+                own.params,
+                self.search.log_probability(log_probabilities[name], chosen.selection),
+                found,
+            )
+            log.info("%s", account(name, self.targets[name], self.decisions[name], chosen, found))
+        return {name: candidates[name][picked[name]] for name in self.names}
+
+    def _router_choice(self, log_probabilities: LogProbabilities) -> Choice:
+        """The most probable choice on every axis, whatever its size."""
+        selection: Selection = {}
+        for axis in self.space.choices:
+            if axis in log_probabilities:
+                selection[axis] = tuple(int(pick) for pick in log_probabilities[axis].argmax(-1))
+            else:
+                selection[axis] = (0,) * self.space.decisions(axis)
+        return self.choice(selection)
 
     def freeze(self, choices: dict[str, Choice], progress: float) -> None:
         """Fix the choices for good; the router learns no more."""
@@ -192,6 +247,7 @@ class Family:
             }
         return {
             "frozen": frozen,
+            "decisions": {name: each.to_json() for name, each in self.decisions.items()},
             "held_until": self.held_until,
             "settled": self._settled,
             "picks": self._last_picks,
@@ -200,6 +256,8 @@ class Family:
     def load_state(self, state: dict) -> None:
         """Inverse of `state`."""
         self.held_until = state["held_until"]
+        decisions = state["decisions"].items()
+        self.decisions = {name: Decision.from_json(value) for name, value in decisions}
         self._settled = state["settled"]
         self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
         if state["frozen"] is not None:

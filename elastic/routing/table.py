@@ -1,12 +1,13 @@
 """A family as a table, and the sizes of its members as figures. No torch."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from elastic.config import ParentShape
 from elastic.console import short, table
 from elastic.members.architecture import AXIS_FIELD, AXIS_KIND, Architecture
 from elastic.members.search import Choice
+from elastic.routing.decide import Decision
 
 WIDTH = 100
 """Columns of the table."""
@@ -61,6 +62,34 @@ def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[st
         "layers",
     )  # fmt: skip
     return "\n".join([*table(header, rows), *_drops(shape, choices)])
+
+
+def account(
+    budget: str, target: int, decision: Decision, chosen: Choice, candidates: Sequence[Mapping]
+) -> str:
+    """How the member of a budget was decided, in lines: the router's own choice, the loss of every
+    candidate, and where the two part."""
+    own = decision.router_choice
+    lines = [
+        f"{budget}: the router's own choice is {_brief(own)}, {decision.router_params:,} "
+        f"parameters ({decision.router_params / target - 1:+.1%} off its target)"
+    ]
+    for entry in sorted(candidates, key=lambda entry: float(entry["kl"])):
+        architecture = Architecture.from_json(entry["architecture"])
+        mark = "  <- frozen" if architecture == chosen.architecture else ""
+        lines.append(f"    KL {entry['kl']:.4f}  {_brief(architecture)}{mark}")
+    if own != chosen.architecture:
+        lines.append(
+            f"    frozen is another: ln p = {decision.log_probability:.1f} under the router"
+        )
+    return "\n".join(lines)
+
+
+def _brief(architecture: Architecture) -> str:
+    """Sizes on one line."""
+    named = (("ffn", "ffn"), ("heads", "mamba_heads"), ("query heads", "attention_heads"))
+    sizes = ", ".join(f"{name} {_range(architecture, axis)}" for name, axis in named)
+    return f"hidden {architecture.hidden_size}, {sizes}, {len(architecture.layers)} layers"
 
 
 def _range(architecture: Architecture, axis: str) -> str:

@@ -33,6 +33,17 @@ class Member:
     target: dict[str, float]
     params: int
     architecture: Architecture
+    decision: dict[str, Any] | None = None
+    """How it was chosen: the router's own choice, and the candidates with their losses."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in elastic.json."""
+        value = {
+            "target": self.target,
+            "params": self.params,
+            "architecture": self.architecture.to_json(),
+        }
+        return value if self.decision is None else value | {"decision": self.decision}
 
 
 @dataclass(frozen=True)
@@ -79,14 +90,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write elastic.json."""
-        budgets = {
-            name: {
-                "target": member.target,
-                "params": member.params,
-                "architecture": member.architecture.to_json(),
-            }
-            for name, member in self.budgets.items()
-        }
+        budgets = {name: member.to_json() for name, member in self.budgets.items()}
         value = {"format_version": self.version, "budgets": budgets, "space": self.space}
         value |= {"ranking": self.ranking, "energy": self.energy, "provenance": self.provenance}
         write_json(directory / NAME, value)
@@ -161,8 +165,11 @@ def _member(name: str, entry: dict[str, Any]) -> Member:
         _need(legal, f"{where}.target.{key}", value, "a number above 0")
     legal = type(params) is int and params > 0
     _need(legal, f"{where}.params", params, "a whole number above 0")
+    decision = entry.get("decision")
+    legal = decision is None or isinstance(decision, dict)
+    _need(legal, f"{where}.decision", decision, "an object")
     try:
-        return Member(target, params, Architecture.from_json(entry["architecture"]))
+        return Member(target, params, Architecture.from_json(entry["architecture"]), decision)
     except ValueError as error:
         raise ValueError(f"budget {name}: {error}") from error
 

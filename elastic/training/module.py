@@ -17,6 +17,7 @@ from elastic.losses import Head, TopK, token_terms
 from elastic.parent import HybridParent, Member
 from elastic.parent.hybrid import Block
 from elastic.routing.curriculum import Stage, draw_passes, draw_seed, learning_rate_factor
+from elastic.routing.decide import Compare
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import Teacher, documents_in
@@ -81,6 +82,8 @@ class ElasticModule(L.LightningModule):
         """Steps that were skipped: in a row, and in the whole stage."""
         self.gradient_norm: Tensor | float = 0.0
         """Of the last step, of all weights, before clipping."""
+        self.compare: Compare | None = None
+        """Measures candidates when the router freezes."""
         self._kept: Head | TopK | None = None
         self._finite = True
 
@@ -129,7 +132,7 @@ class ElasticModule(L.LightningModule):
         if not self.between_steps:
             return
         if self.family is not None:
-            self.family.freeze_if_due(self.progress)
+            self.family.freeze_if_due(self.progress, self.compare)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.rates(self.step)[0]
 

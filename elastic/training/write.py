@@ -162,7 +162,12 @@ def _write_directory(
     """
     config, source = setup.config, setup.source
     budgets = {
-        name: Member({"params": config.budgets[name].params}, choice.params, choice.architecture)
+        name: Member(
+            {"params": config.budgets[name].params},
+            choice.params,
+            choice.architecture,
+            family.decisions[name].to_json() if name in family.decisions else None,
+        )
         for name, choice in choices.items()
     }
     provenance = {

@@ -32,7 +32,7 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ElasticModule)
         if module.family is not None:  # a stage may end where the router freezes
-            module.family.freeze_if_due(module.progress)
+            module.family.freeze_if_due(module.progress, module.compare)
         self.save(trainer, module)
 
     def save(self, trainer: L.Trainer, module: ElasticModule) -> None:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,9 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from elastic.cluster.place import from_first
 from elastic.config import ObjectiveConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import Member
+from elastic.routing.decide import Candidates
 from elastic.routing.table import sizes
 from elastic.storage.reading import all_finite
 from elastic.teacher import CachedTeacher, Teacher
@@ -48,6 +51,7 @@ class BudgetValidation(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ElasticModule)
+        module.compare = partial(self.compare, trainer, module)
         if module.step == 0:
             self.validate(trainer, module)
 
@@ -68,10 +72,12 @@ class BudgetValidation(Callback):
         self.last_step = module.step
         row: dict[str, float] = {}
         if module.family is None:
-            losses, divergences = self._measure(trainer, module, {PARENT: None})
+            losses, divergences = self._measure(trainer, module, {PARENT: (PARENT, None)})
         else:
             choices = module.family.choices(module.progress)
-            members = {name: module.family.member(choice) for name, choice in choices.items()}
+            members = {
+                name: (name, module.family.member(choice)) for name, choice in choices.items()
+            }
             losses, divergences = self._measure(trainer, module, members)
             teacher = next(iter(members)) if module.teacher is None else PARENT
             for name, choice in choices.items():
@@ -86,10 +92,32 @@ class BudgetValidation(Callback):
         log.info("%s step %d: validation loss %s", module.stage.name, module.step, shown)
         _require_finite(module, losses, divergences)
 
+    @torch.no_grad()
+    def compare(
+        self, trainer: L.Trainer, module: ElasticModule, candidates: Candidates
+    ) -> dict[str, list[float]]:
+        """Mean KL of every candidate to the teacher, in nats per token; that of the first process,
+        on every one."""
+        assert module.family is not None
+        members = {
+            f"{name}/{index}": (name, module.family.member(choice))
+            for name, choices in candidates.items()
+            for index, choice in enumerate(choices)
+        }
+        _, found = self._measure(trainer, module, members)
+        divergences = from_first(found)
+        return {
+            # Without a frozen teacher the full member teaches, and is its own best.
+            name: [divergences.get(f"{name}/{index}", 0.0) for index in range(len(choices))]
+            for name, choices in candidates.items()
+        }
+
     def _measure(
-        self, trainer: L.Trainer, module: ElasticModule, members: dict[str, Member]
+        self, trainer: L.Trainer, module: ElasticModule, members: dict[str, tuple[str, Member]]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Mean loss of every member and of the teacher, and mean KL to it, in nats per token.
+
+        members: by a name for the results, the budget and how it runs.
 
         Without a frozen teacher the first member, the full one, teaches the others.
         """
@@ -112,10 +140,10 @@ class BudgetValidation(Callback):
                 teacher = module.teacher.distributions(batch, "validation", rows)
                 loss = _teacher_loss(module.teacher, teacher, targets, config, rows, len(batch))
                 losses[PARENT] += loss * len(targets)
-            for name, member in members.items():
+            for name, (budget, member) in members.items():
                 assert trainer.strategy.model is not None
                 with trainer.precision_plugin.val_step_context():
-                    terms, student = trainer.strategy.model(batch, name, member, teacher, config)
+                    terms, student = trainer.strategy.model(batch, budget, member, teacher, config)
                 losses[name] += float(terms["cross_entropy"]) * len(targets)
                 if teacher is not None:
                     divergences[name] += float(terms["distillation"]) * len(targets)
