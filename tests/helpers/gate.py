@@ -38,6 +38,7 @@ def run_settings() -> dict[str, Any]:
         "space": {"hidden": [8, 4], "ffn": [8, 4]},
         "importance": {},
         "router": {},
+        "norms": {},
         "objective": {},
         "curriculum": {"stages": {"warm": STAGE | {"mode": "pretrain"}, "all": dict(STAGE)}},
         "data": {},
