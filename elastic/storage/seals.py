@@ -210,16 +210,20 @@ class Seals:
 
     def check(self, *names: str) -> None:
         """Raise `SealBroken` for one of these files that differs, each read whole; a name that was
-        not sealed must not be there. Without names: every file."""
+        not sealed must not be there."""
         for name in names:
             if name not in self.files and (self.directory / name).exists():
                 self.seal_of(self.directory / name)
-        wanted = [name for name in names or self.files if name in self.files]
+        wanted = [name for name in names if name in self.files]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(lambda n: self.files[n].difference(self.directory / n), wanted)
             for name, difference in zip(wanted, found, strict=True):
                 if difference:
                     raise self.broken(self.directory / name, difference)
+
+    def check_all(self) -> None:
+        """Raise `SealBroken` for any file that differs; every byte is read."""
+        self.check(*self.files)
 
     @property
     def digest(self) -> str:
@@ -246,7 +250,7 @@ def damage(directory: Path) -> str | None:
         if seals is None:
             there = directory.is_dir()
             return f"{directory / NAME if there else directory}: is missing"
-        seals.check()
+        seals.check_all()
     except SealBroken as error:
         return str(error).removesuffix("; ")
     return None

@@ -70,7 +70,7 @@ def test_seals_cover_every_file_and_are_read_again(tmp_path: Path) -> None:
     assert found is not None and list(found.files) == ["a", "inner/b"]
     assert found == Seals.of(tmp_path)
     found.check_sizes()
-    found.check()
+    found.check_all()
     assert damage(tmp_path) is None
     assert Seals.read(tmp_path / "inner") is None
 
@@ -97,7 +97,7 @@ def test_one_flipped_bit_is_named_by_file_and_block(tmp_path: Path, place: int) 
     assert found is not None
     found.check_sizes()  # says nothing about contents
     with pytest.raises(SealBroken, match=f"{said}; restore it"):
-        found.check()
+        found.check_all()
     told = damage(tmp_path)
     assert told is not None and told.endswith("differs from what was sealed")
     with pytest.raises(SealBroken, match=said):
@@ -115,7 +115,7 @@ def test_sizes_are_compared_at_once(tmp_path: Path, change: str) -> None:
     found = Seals.read(tmp_path)
     assert found is not None
     said = "/a: is missing" if change == "gone" else "/a: has (299|301) bytes, 300 were sealed"
-    for check in (found.check_sizes, found.check):
+    for check in (found.check_sizes, found.check_all):
         with pytest.raises(SealBroken, match=said):
             check()
     if change != "gone":
@@ -144,6 +144,15 @@ def test_seals_that_are_damaged_themselves_say_so(tmp_path: Path, old: str, new:
         Seals.read(tmp_path)
     told = damage(tmp_path)
     assert told is not None and "seals.json: damaged" in told
+
+
+def test_no_names_are_no_files(tmp_path: Path) -> None:
+    """A checkpoint without small files: the weights are not read for them."""
+    sealed(tmp_path)
+    flip(tmp_path / "a", 0)
+    found = Seals.read(tmp_path)
+    assert found is not None
+    found.check()
 
 
 def test_what_ought_to_be_sealed_and_is_not_is_damage(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def inspect(path: Path) -> str | None:
     seals = Seals(path, wanted, remedy="")
     try:
         seals.check_sizes()  # before anything is read
-        seals.check()
+        seals.check_all()
     except SealBroken as error:
         return str(error).removeprefix(f"{path}{os.sep}").removesuffix("; ")
     return None
