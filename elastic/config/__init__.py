@@ -16,7 +16,7 @@ from elastic.config.bench import (
     ScanShape,
     StepBenchConfig,
 )
-from elastic.config.checks import ConfigError, explain, parse
+from elastic.config.checks import ConfigError
 from elastic.config.commands import (
     CacheConfig,
     CacheTeacherConfig,
@@ -24,6 +24,7 @@ from elastic.config.commands import (
     ExtractConfig,
     RunConfig,
 )
+from elastic.config.gate import explain, parse
 from elastic.config.model import (
     AXES,
     KINDS,

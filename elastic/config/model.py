@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from elastic.config.checks import ConfigError, one_of, require
+from elastic.config.ranges import check_sizes
 
 KINDS = {"M": "mamba", "-": "mlp", "*": "attention"}
 """Letters of a layer pattern, and the kind of block each one stands for."""
@@ -47,6 +48,7 @@ class ParentShape:
     """Longest context advertised, in tokens; nothing in the network depends on it."""
 
     def __post_init__(self) -> None:
+        check_sizes(self, "parent.shape")  # those of a config.json do not come through the gate
         unknown = sorted(set(self.pattern) - set(KINDS))
         require(
             bool(self.pattern) and not unknown,

@@ -346,6 +346,6 @@ def test_evaluate_settings_are_checked(name: str) -> None:
 
 
 def test_explain_gives_one_line_for_any_error() -> None:
-    assert explain(ValueError("first\nsecond")) == "first"
+    assert explain(ValueError("first\nsecond")) == "first second"
     assert explain(ValueError()) == "ValueError"
     assert explain(FileExistsError("there")) == "there"

@@ -37,6 +37,7 @@ def run_settings() -> dict[str, Any]:
         "budgets": {"full": {"params": 1.0}, "small": {"params": 0.5}},
         "space": {"hidden": [8, 4], "ffn": [8, 4]},
         "importance": {},
+        "norms": {},
         "router": {},
         "norms": {},
         "objective": {},
