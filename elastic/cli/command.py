@@ -1,14 +1,16 @@
 """What every command does around its work: compose, parse, run, and say what is wrong in one
 line."""
 
+import errno
 import os
 import re
-import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import hydra
@@ -19,10 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.cli.overrides import addition, several, unreadable
+from elastic.cli.overrides import addition, at_default, several, unreadable
 from elastic.cluster.requeue import may_requeue, requeue
 from elastic.config import ConfigError, explain, parse
-from elastic.console import clear_of_bars
+from elastic.console import clear_of_bars, keep_going, lost
 
 CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()
 """The configuration files: a folder of the installed package, a link to conf/ in a checkout."""
@@ -34,13 +36,16 @@ class JobError(RuntimeError):
     """A job that Slurm ran for this process has failed. The message is one line."""
 
 
-def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None:
+def command(
+    config_name: str, schema: type[T], run: Callable[[T], None], printed_only: bool = False
+) -> None:
     """Run `run` on the configuration `conf/<config_name>.yaml` plus the command line.
 
     Exit code 2 and one line for anything the user can mend; HYDRA_FULL_ERROR=1 shows the traceback
     instead. Under --multirun each job gets a run directory of its own. Exit code 1 and one line for
-    a disk, a training or a job of Slurm (hydra/launcher=slurm) that has failed. 130 at Ctrl-C. 141,
-    and no line, when the reader of standard output has left: `elastic train --cfg job | head`.
+    a disk, a training or a job of Slurm (hydra/launcher=slurm) that has failed.
+    130 at Ctrl-C, 143 at SIGTERM. 141, and no line, when the reader of standard output has left and
+    that was all there was to do: `elastic train --cfg job | head`.
     """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of printing them
@@ -55,6 +60,8 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
         # One line here too: past this point Hydra would print one of its own.
         with reported(), quiet_pipe(), one_line():
             run(parse(raw, schema))
+            if not printed_only:
+                _worked.append(config_name)
 
     @contextmanager
     def one_line() -> Iterator[None]:
@@ -66,7 +73,7 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
             print(f"error: {_explained(error, sys.argv[1:], schema)}", file=sys.stderr)
             sys.exit(2)
         except (OSError, FloatingPointError) as error:  # a full disk; training that diverged
-            if show_traceback or _reader_left():
+            if show_traceback:
                 raise
             print(f"error: {explain(error)}", file=sys.stderr)
             sys.exit(1)
@@ -81,9 +88,26 @@ def command(config_name: str, schema: type[T], run: Callable[[T], None]) -> None
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
 
+    _end_at(signal.SIGTERM)
     with quiet_pipe(), one_line():
         sys.argv[1:] = arranged(sys.argv[1:])
         main()
+
+
+def _end_at(number: signal.Signals) -> None:
+    """Leave at a signal as at an error: what is half written is removed on the way.
+
+    A run's own handlers take its place while it trains (cluster/signals.py).
+    """
+
+    def leave(received: int, frame: FrameType | None) -> None:
+        signal.signal(received, signal.SIG_IGN)  # a second one must not stop the removal
+        print(f"\nended by {signal.Signals(received).name}", file=sys.stderr)
+        sys.exit(128 + received)
+
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(number) is signal.SIG_DFL:
+        signal.signal(number, leave)
 
 
 def arranged(arguments: list[str]) -> list[str]:
@@ -108,28 +132,26 @@ def _refuse(message: str) -> NoReturn:
 
 @contextmanager
 def quiet_pipe() -> Iterator[None]:
-    """Exit quietly, with exit code 141, when standard output is a pipe without a reader."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _reader_left():
-            raise  # another pipe: that is an error
-        # What is still in the buffer must not fail again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """No write to standard output or error fails in the block.
+
+    Where standard output has lost its reader, what was only to be read ends with exit code 141, as
+    a shell shows it for SIGPIPE. What has written a result has done its work all the same.
+    """
+    keep_going()
+    yield
+    sys.stdout.flush()
+    reason = lost(1)
+    if reason is None or _worked:
+        return
+    if reason == errno.EPIPE:
         sys.exit(128 + signal.SIGPIPE)
+    if reason != errno.EBADF:  # else it was closed on purpose
+        print(f"error: standard output: {os.strerror(reason)}", file=sys.stderr)
+        sys.exit(1)
 
 
-def _reader_left() -> bool:
-    """Whether standard output is a pipe whose reader has gone."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # no file at all
-        return False
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+_worked: list[str] = []
+"""Commands that have left a result of their own in this process."""
 
 
 @contextmanager
@@ -169,7 +191,9 @@ def _explained(error: BaseException, arguments: list[str], schema: type) -> str:
             return f"{explain(error)} It is a plugin: pip install hydra-submitit-launcher"
     line = explain(error)
     key, unknown, _ = line.partition(": unknown")
-    return line + (addition(key, arguments, schema) if unknown else "")
+    if not unknown:
+        return line
+    return at_default(key, arguments, schema) or line + addition(key, arguments, schema)
 
 
 def _of_launcher(error: BaseException) -> bool:

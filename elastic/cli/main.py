@@ -43,7 +43,7 @@ def run(name: str) -> None:
             _print(asked[0], name)
         else:
             entry = COMMANDS[name]
-            command(entry.config, entry.schema, entry.run)
+            command(entry.config, entry.schema, entry.run, printed_only=name == "plan")
 
 
 def _print(asked: str, name: str) -> None:

@@ -5,10 +5,11 @@ Importing this module lets Hydra read keys that begin with a digit (`budgets.6b.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -80,24 +81,54 @@ def several(argument: str) -> str:
 
 
 def addition(key: str, arguments: Sequence[str], schema: type) -> str:
-    """How to add `key`, where entries may be added: the argument that sets it, with a plus sign."""
+    """What to do about a key that the configuration files do not have: how to add it where it may
+    be added (an entry of a mapping; a setting that is at its default), else where one of that name
+    is."""
     for argument in arguments:
         given = argument.partition("=")[0]
         if "=" in argument and (given == key or given.startswith(f"{key}.")):
-            return f"; to add it: {shlex.quote('+' + argument)}" if _open(key, schema) else ""
-    return ""
+            if _type_of(key, schema) is not None:
+                return f"; to add it: {shlex.quote('+' + argument)}"
+    places = [place for place in _places(schema) if place.endswith(f".{key.rpartition('.')[2]}")]
+    return f"; {' and '.join(places[:3])} is a setting" if places else ""
 
 
-def _open(key: str, schema: type) -> bool:
-    """Whether `key` is an entry of a mapping whose names are the user's to choose."""
+def at_default(key: str, arguments: Sequence[str], schema: type) -> str | None:
+    """The line for a setting that is one, but that no configuration file sets, which Hydra calls
+    unknown; None for others."""
+    owner, _, _ = key.rpartition(".")
+    if not is_dataclass(_type_of(owner, schema)) or _type_of(key, schema) is None:
+        return None
+    for argument in arguments:
+        if argument.partition("=")[0] == key:
+            return f"{key}: is at its default; to set it: {shlex.quote('+' + argument)}"
+    return None
+
+
+def _type_of(key: str, schema: Any) -> Any:
+    """Type of the setting that `key` may be; None where there is none."""
     owner: Any = schema
-    parts = key.split(".")
-    for part in parts[:-1]:
+    for part in key.split("."):
         if get_origin(owner) is dict:
             owner = get_args(owner)[1]
         elif is_dataclass(owner):
             owner = get_type_hints(owner).get(part)
-    return get_origin(owner) is dict
+        else:
+            return None
+    return owner
+
+
+def _places(schema: Any, key: str = "") -> Iterator[str]:
+    """Keys of all settings; NAME is any entry's name."""
+    kinds = get_args(schema) if get_origin(schema) in (Union, UnionType) else (schema,)
+    for kind in kinds:
+        if get_origin(kind) is dict:
+            yield from _places(get_args(kind)[1], f"{key}.NAME")
+        elif is_dataclass(kind):
+            for name, inner in get_type_hints(kind).items():
+                place = f"{key}.{name}" if key else name
+                yield place
+                yield from _places(inner, place)
 
 
 def _quoted(argument: str) -> str:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from elastic.console import write_now
+
 log = logging.getLogger(__name__)
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGUSR1: 75, signal.SIGTERM: 143}
@@ -120,13 +122,10 @@ class StopSignals(Callback):
 
 def _acknowledge(waits: bool) -> None:
     """Acknowledge Ctrl-C on the terminal; once, though all processes of a terminal get
-    the signal.
-
-    Written straight to the descriptor: the handler may have interrupted a print.
-    """
+    the signal."""
     if os.environ.get("RANK", "0") == "0":
         then = "a checkpoint follows the step at hand; again: leave at once" if waits else "leaving"
-        os.write(2, f"\nCtrl-C: {then}. The same command goes on.\n".encode())
+        write_now(f"\nCtrl-C: {then}. The same command goes on.\n")
 
 
 class StopOnSignal(Callback):

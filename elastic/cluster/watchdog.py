@@ -28,6 +28,7 @@ from typing import Any, Self
 from elastic.cluster.place import Place, from_all, from_first, listen
 from elastic.cluster.requeue import may_requeue, requeue
 from elastic.cluster.signals import EXIT_CODES, AgreedExit
+from elastic.console import write_now
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +254,7 @@ class Watchdog:
         # One line per machine is enough.
         if self.place.local_rank == 0 or (first_lost and self.place.rank == 1):
             line = f"error: {self._cause}; stopping. The same command goes on from the last"
-            os.write(2, f"\n{line} checkpoint\n".encode())  # a progress bar may be in the line
+            write_now(f"\n{line} checkpoint\n")  # a progress bar may be in the line
         for peer in self._peers.values():
             if (peer.host, peer.parent) == _myself():
                 os.kill(peer.pid, signal.SIGKILL)
@@ -261,7 +262,7 @@ class Watchdog:
             try:
                 requeue()
             except OSError as error:
-                os.write(2, f"error: {error}\n".encode())
+                write_now(f"error: {error}\n")
         time.sleep(0.2)  # what is read before we are gone is not lost with us
         os._exit(self._code)
 

@@ -21,7 +21,7 @@ from elastic.cluster.signals import EXIT_CODES, AgreedExit, StopSignals
 from elastic.cluster.start import check_started, launched
 from elastic.cluster.watchdog import Watchdog
 from elastic.config import RunConfig, parse
-from elastic.console import clear_of_bars, say
+from elastic.console import clear_of_bars, keep_going, say
 from elastic.training.module import TrainingDiverged
 from elastic.training.resume import CheckpointFailed
 from elastic.training.run import Run
@@ -162,6 +162,7 @@ def _watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
 
 def main() -> None:
     """One of the processes that `launch` starts; its settings come on standard input."""
+    keep_going()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     clear_of_bars(beside=True)
     try:

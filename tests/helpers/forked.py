@@ -20,8 +20,8 @@ from typing import Self
 class Forked:
     """Starts commands in a directory, whose `elastic` they import."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, logs: Path | None = None) -> None:
+        self.directory, self.logs = directory, logs or directory
 
     def __enter__(self) -> Self:
         environment = os.environ | {"PYTHONPATH": str(self.directory), "OMP_NUM_THREADS": "1"}
@@ -45,11 +45,18 @@ class Forked:
         self.process.kill()
         self.process.wait()
 
-    def run(self, words: list[str], environment: dict[str, str]) -> tuple[int, str]:
-        """Exit code and output of a command."""
+    def run(
+        self, words: list[str], environment: dict[str, str], streams: dict[int, str] | None = None
+    ) -> tuple[int, str]:
+        """Exit code and output of a command.
+
+        `streams` says where standard output (1) or error (2) go instead of to the output: a file,
+        `closed`, or `left`, a pipe whose reader has gone.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        log = self.directory / "command.log"
-        line = json.dumps({"words": words, "environment": environment, "log": str(log)})
+        log = self.logs / "command.log"
+        order = {"words": words, "environment": environment, "log": str(log)}
+        line = json.dumps(order | {"streams": streams or {}})
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -70,12 +77,28 @@ def start(words: list[str]) -> None:
         main()
 
 
+def redirect(number: int, target: str) -> None:
+    """Standard output or error into a file, a pipe without a reader, or closed, as at a start."""
+    if target == "closed":
+        os.close(number)
+        setattr(sys, "stdout" if number == 1 else "stderr", None)
+        return
+    reader, writer = os.pipe()
+    if target != "left":
+        writer = os.open(target, os.O_WRONLY)
+    os.close(reader)
+    os.dup2(writer, number)
+    os.close(writer)
+
+
 def child(order: dict) -> int:
     """Run one command; returns its exit code."""
     os.environ |= order["environment"]
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
+    for number, target in order["streams"].items():
+        redirect(int(number), target)
     try:
         start(order["words"])
     except SystemExit as left:

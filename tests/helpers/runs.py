@@ -62,6 +62,17 @@ CALIBRATION = [
 ]
 
 
+SMALL_RUN = [
+    *SMALL_PARENT,
+    *SMALL_SPACE,
+    *CALIBRATION,
+    *stage("pretrain", 1),
+    *stage("short", 1),
+    *stage("long", 1, length=256),
+]
+"""A whole run of a step per stage."""
+
+
 def settings(run_dir: Path, *overrides: str, experiment: str = "tiny") -> RunConfig:
     """What `python train.py experiment=... overrides` would run."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
