@@ -77,8 +77,10 @@ def plan(config: PlanConfig) -> None:
     from elastic.cluster.start import given_settings
     from elastic.plan.text import describe
     from elastic.plan.work import make_plan
-    from elastic.storage.files import write_json
+    from elastic.storage.files import require_writable, write_json
 
+    if config.json is not None:
+        require_writable("json", Path(config.json))
     made = make_plan(config, given_settings())
     if config.json is not None:
         write_json(Path(config.json), made)

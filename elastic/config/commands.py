@@ -241,5 +241,6 @@ class EvaluateConfig:
     """Where the JSON goes; null is `run_dir`/family.json."""
 
     def __post_init__(self) -> None:
+        require(all(self.prompts), "prompts", self.prompts, "texts of at least a character each")
         for name in ("sequences", "sequence_length", "batch_size", "new_tokens"):
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -22,7 +21,8 @@ from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
 from elastic.parent.sealed import parent_seals
 from elastic.parent.weights import load_parent, locate
-from elastic.storage.files import refuse_inside, run_folders, write_json
+from elastic.storage.files import refuse_inside, require_writable, run_folders, write_json
+from elastic.storage.foreign import read_yaml
 from elastic.storage.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _parent(run_dir: Path) -> HybridParent:
     source = run_dir / "parent"
     if source.is_dir():
         return load_parent(source)
-    run = parse(yaml.safe_load((run_dir / "config.yaml").read_text()), RunConfig)
+    run = parse(read_yaml(run_dir / "config.yaml"), RunConfig)
     assert run.parent.path is not None
     source = locate(run.parent.path)
     return load_parent(source, seals=parent_seals(source, run_dir))
@@ -102,11 +102,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     elastic = run_dir / "elastic"
     output = Path(config.output) if config.output else run_dir / "family.json"
     refuse_inside("output", output, *run_folders(run_dir))
+    require_writable("output", output)
     manifest = Manifest.read(elastic)
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
     batches = validation_batches(config, load_tokens(run_dir / "data" / "validation.npy"))
     parent = _parent(run_dir)
+    largest = max(int(batch.max()) for batch in batches)
+    if largest >= parent.shape.vocab_size:
+        raise ValueError(
+            f"{run_dir / 'data' / 'validation.npy'}: has token {largest}, the parent's vocabulary "
+            f"{parent.shape.vocab_size}; it is damaged, or of another run"
+        )
     parent_loss = mean_loss(parent.logits, batches)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
     smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]

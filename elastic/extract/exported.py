@@ -1,6 +1,5 @@
 """Load a directory that should hold one member of an elastic checkpoint, once it is known to."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from elastic.extract.loading import load
 from elastic.extract.slice import OpenMember, open_member
 from elastic.members.architecture import Architecture
 from elastic.parent.stock import read_config, read_shape
+from elastic.storage.foreign import read_json
 from elastic.storage.manifest import NAME
 
 PROVENANCE = "provenance.json"
@@ -67,7 +67,7 @@ def _check_sizes(path: Path, config: dict[str, Any], member: OpenMember) -> None
 def _check_provenance(path: Path, member: OpenMember) -> None:
     """Two members may have the same sizes and other layers."""
     try:
-        said = Architecture.from_json(json.loads(path.read_text())["architecture"])
+        said = Architecture.from_json(read_json(path)["architecture"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error!r})") from error
     wanted = member.member.architecture

@@ -6,7 +6,6 @@ the residual stream. It is applied to a model in memory, and to a checkpoint on 
 row block.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from elastic.parent.stock import read_config
 from elastic.parent.weights import open_weights, save_weights
 from elastic.storage.ahead import ahead
 from elastic.storage.files import write_json
+from elastic.storage.foreign import read_json
 from elastic.storage.progress import Progress
 from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
 from elastic.storage.seals import Seals, damage
@@ -210,7 +210,7 @@ def is_sorted(directory: Path, key: str) -> bool:
     """Whether `sort_checkpoint` has written this directory, after that ranking; every byte is
     compared, since nothing else is made of what differs than the same again."""
     try:
-        found = json.loads((directory / RANKING).read_text())
+        found = read_json(directory / RANKING)
     except (OSError, ValueError):
         return False
     return bool(found == {"key": key}) and damage(directory) is None

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 
 from elastic.parent.small_files import small_files
-from elastic.storage.reading import INDEX, shards
+from elastic.storage.index import INDEX
+from elastic.storage.reading import shards
 from elastic.storage.seals import Seals
 
 log = logging.getLogger(__name__)

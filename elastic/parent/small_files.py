@@ -1,13 +1,11 @@
 """Tokenizer and config files that belong to a checkpoint beside its weights, and its licence."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
 
-import yaml
-
 from elastic.storage.files import write_json
+from elastic.storage.foreign import parse_yaml, read_json
 from elastic.storage.seals import Seals
 
 log = logging.getLogger(__name__)
@@ -77,7 +75,7 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a file as it is, except that JSON loses its references to code (auto_map)."""
     if source.suffix == ".json":
         try:
-            value = json.loads(source.read_text())
+            value = read_json(source)
         except ValueError:
             value = None  # then no loader can follow a reference in it either
         if isinstance(value, dict) and "auto_map" in value:
@@ -97,8 +95,8 @@ def licence_of(directory: Path) -> dict[str, str]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        fields = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        fields = parse_yaml(parts[1])
+    except (ValueError, RecursionError):
         return {}
     names = ("license", "license_name", "license_link")
     return {n: str(fields[n]) for n in names if n in fields} if isinstance(fields, dict) else {}

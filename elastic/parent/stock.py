@@ -1,12 +1,12 @@
 """config.json of Nemotron-H, of either era <-> sizes of a parent. No torch."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from elastic.config import ConfigError, ParentShape
 from elastic.config.model import IDLE_HIGH, IDLE_LOW
+from elastic.storage.foreign import read_object
 
 SPELLINGS = {
     "linear_attention": "M",
@@ -44,12 +44,7 @@ def read_config(directory: Path, model_types: tuple[str, ...] = ("nemotron_h",))
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{path}: not found; {directory} is not a Hugging Face checkpoint")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a Hugging Face config.json")
+    config = read_object(path)
     if config.get("model_type") not in model_types:
         raise ValueError(
             f"{path}: model_type={config.get('model_type')} must be {' or '.join(model_types)}; "
@@ -74,6 +69,12 @@ def read_shape(config: dict[str, Any]) -> ParentShape:
         if config.get(name, value) != value:
             raise ValueError(f"config.json: {name}={_short(config[name])} must be {value}")
     _refuse_quantized(config)
+    chunk = config.get("chunk_size", 128)
+    if type(chunk) is not int or not 0 < chunk <= 1 << 16:
+        raise ValueError(
+            f"config.json: chunk_size={_short(chunk)} must be a whole number up to 65,536: tokens "
+            "that a scan takes at a time"
+        )
     pattern = _pattern(config)
     config = dict(config)
     for name, aliases in _ALIASES.items():
@@ -162,13 +163,18 @@ def step_limits(shape: ParentShape) -> dict[str, Any]:
 def _pattern(config: dict[str, Any]) -> str:
     """One letter per layer, from whichever spelling there is."""
     types = config.get("layers_block_type") or config.get("layer_types") or []
-    unknown = [name for name in types if name not in SPELLINGS]
+    if not isinstance(types, list):
+        raise ValueError(f"config.json: layers_block_type={_short(types)} must be a list of kinds")
+    older = config.get("hybrid_override_pattern")
+    if older is not None and not isinstance(older, str):
+        raise ValueError(f"config.json: hybrid_override_pattern={_short(older)} must be letters")
+    unknown = [name for name in types if not isinstance(name, str) or name not in SPELLINGS]
     if unknown:
         raise ValueError(
             f"config.json: layers_block_type has {_short(unknown[0])}; must be one of "
             + ", ".join(SPELLINGS)
         )
-    newer, older = "".join(SPELLINGS[name] for name in types), config.get("hybrid_override_pattern")
+    newer = "".join(SPELLINGS[name] for name in types)
     if types and older is not None and older != newer:
         raise ValueError(
             f"config.json: hybrid_override_pattern={_short(older)} and layers_block_type ({newer}) "

@@ -243,6 +243,21 @@ def refuse_inside(key: str, output: Path, *inputs: Path) -> None:
             )
 
 
+def require_writable(key: str, output: Path) -> None:
+    """Stop before work whose result could not be written.
+
+    Raises:
+        ValueError: `output` is a directory, or no file can be made where it is to lie.
+    """
+    place = next(p for p in output.expanduser().absolute().parents if p.exists())
+    if output.is_dir():
+        raise ValueError(f"{key}={output}: is a directory; must be the name of a file")
+    if not place.is_dir():
+        raise ValueError(f"{key}={output}: {place} is no directory; must lie in one")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={output}: nothing can be written into {place}; must be elsewhere")
+
+
 def digest(value: Any) -> str:
     """Short stable hash of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,6 @@
 """elastic.json: what an elastic checkpoint contains, and which prefixes each member is. No
 torch."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from elastic.config.checks import check_names
 from elastic.members.architecture import Architecture, extents
 from elastic.members.cost import parameters
 from elastic.storage.files import write_json
+from elastic.storage.foreign import read_json
 from elastic.storage.seals import check_beside
 
 FORMAT_VERSION = 2
@@ -108,7 +108,7 @@ class Manifest:
             raise ValueError(f"{path}: not found; {directory} is not an elastic checkpoint")
         check_beside(directory, NAME)
         try:
-            value = json.loads(path.read_text())
+            value = read_json(path)
             version = value["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged, not an elastic.json ({error!r})") from error

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from elastic.members.cut import Cut, Ranges, size_of
 from elastic.storage import seals as sealing
+from elastic.storage.index import INDEX, weight_map_of
 from elastic.storage.opened import OpenFile
 from elastic.storage.seals import SealBroken, Seals
 
 log = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
 BESIDE = tuple(f"{name}.safetensors" for name in ("router", "members", "energies", "calibration"))
@@ -303,22 +303,10 @@ def _hint(names: Iterable[str]) -> str:
     return ""
 
 
-def _weight_map(directory: Path) -> dict[str, str] | None:
-    """Tensor -> file by the index; None where there is no index."""
-    index = directory / INDEX
-    if not index.is_file():
-        return None
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({error!r})") from error
-
-
 def shards(directory: Path) -> list[Path]:
     """Files that hold the model's weights: those of the index, else `WHOLE` alone, whatever else
     lies beside it (an optimizer's state, averaged weights)."""
-    weight_map = _weight_map(directory)
+    weight_map = weight_map_of(directory)
     if weight_map is None:
         if not (directory / WHOLE).is_file():
             raise ValueError(f"{directory}: no model weights found: neither {WHOLE} nor {INDEX}")
@@ -373,7 +361,7 @@ def _tensors_of(path: Path, seals: Seals | None) -> dict[str, StoredTensor]:
 
 def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
     """Raise `ValueError` unless index and shards agree."""
-    weight_map = _weight_map(directory)
+    weight_map = weight_map_of(directory)
     if weight_map is None:
         return
     for name, file in weight_map.items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from elastic.storage.files import write_json
-from elastic.storage.reading import DTYPES, INDEX, assembled
+from elastic.storage.index import INDEX
+from elastic.storage.reading import DTYPES, assembled
 from elastic.storage.seals import FileSeal, Sealing
 
 WRITE_BYTES = 256 << 10

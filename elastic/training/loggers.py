@@ -36,6 +36,24 @@ ROWS_WAITING = 10_000
 """Rows kept for a W&B that takes none; more are dropped."""
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv; `ValueError` where they do not say which step they are of."""
+    try:
+        lines = path.read_bytes().decode().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
+        rows: list[dict[str, Any]] = list(csv.DictReader(whole, strict=True))
+        for row in rows:
+            int(row["step"]), float(row["stage"])
+            if None in row or None in row.values() or "\0" in "".join(row.values()):
+                raise ValueError(f"the row of step {row['step']} has other columns")
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: damaged ({reason}); restore it, or move it away to go on without its rows"
+        ) from error
+    return rows
+
+
 class MetricsFile(Logger):
     """metrics.csv, one row per logged step, over all stages and resumes of a run.
 
@@ -47,10 +65,7 @@ class MetricsFile(Logger):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
-            with path.open(newline="") as file:
-                lines = file.readlines()
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-            self.rows = list(csv.DictReader(whole))
+            self.rows = _rows(path)
         self.columns = list(self.rows[0]) if self.rows else ["step"]
 
     @property

@@ -11,6 +11,7 @@ import yaml
 from elastic.cluster.lock import LOCK
 from elastic.config import ConfigError, RunConfig
 from elastic.storage.files import LEFTOVERS, atomic_file
+from elastic.storage.foreign import read_yaml
 
 MAY_CHANGE = ("run_dir", "resume", "trainer", "logger", "parent.activation_checkpointing")
 """Settings, or groups of them, that a resumed run may set anew; the others would make it another
@@ -41,7 +42,12 @@ def check_run_dir(config: RunConfig, first: bool) -> None:
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"run_dir={run_dir}: not empty, and not a run; choose another")
-    for key, before, now in _differences(yaml.safe_load(stored.read_text()), asdict(config)):
+    settings = read_yaml(stored)
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{stored}: must be settings by name; restore it, or choose another run_dir"
+        )
+    for key, before, now in _differences(settings, asdict(config)):
         if any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE):
             continue
         here = f"{key} is not set" if now is MISSING else f"{key}={_shown(now)}"
@@ -60,7 +66,7 @@ def _differences(
     before: dict[str, Any], now: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """Dotted key and both values of what differs, by key; MISSING where there is none."""
-    for name in sorted(before.keys() | now.keys()):
+    for name in sorted(before.keys() | now.keys(), key=str):
         was, is_now = before.get(name, MISSING), now.get(name, MISSING)
         if isinstance(was, dict) and isinstance(is_now, dict):
             yield from _differences(was, is_now, f"{prefix}{name}.")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from elastic.storage import writing
-from elastic.storage.reading import INDEX
+from elastic.storage.index import INDEX
 from elastic.storage.writing import Pending, write_shards
 
 

@@ -8,7 +8,6 @@ checkpoints/01-short-000000200/
   manifest.json                    sizes and checksums of all of these; written last
 """
 
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from torch import Tensor
 from elastic.cluster.place import Place, from_all, from_first, wait_for_all
 from elastic.config import ConfigError
 from elastic.storage.files import sync, write_json
+from elastic.storage.foreign import read_json
 from elastic.storage.seals import FileSeal, SealBroken, Seals
 from elastic.training.origin import ORIGIN
 from elastic.training.resume.pieces import Pieces
@@ -147,7 +147,7 @@ class CheckpointStore:
         path = self.root / _name(index, stage, step)
         if not from_first(self.place.rank == 0 and inspect(path) is None):
             return None
-        return Saved(path, json.loads((path / "state.json").read_text()))
+        return Saved(path, read_json(path / "state.json"))
 
     def _newest(self) -> tuple[Saved | None, str]:
         for leftover in self.root.glob(_TEMPORARY + "*"):
@@ -156,7 +156,7 @@ class CheckpointStore:
         for path in reversed(self._all()):
             problem = inspect(path)
             if problem is None:
-                state = json.loads((path / "state.json").read_text())
+                state = read_json(path / "state.json")
                 for other, what in damaged:
                     aside = other.with_name(other.name + _DAMAGED)
                     shutil.rmtree(aside, ignore_errors=True)
@@ -224,7 +224,7 @@ def _name(index: int, stage: str, step: int) -> str:
 def inspect(path: Path) -> str | None:
     """What is wrong with a checkpoint: one phrase, or None when every byte is as written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = read_json(path / "manifest.json")
         if manifest["format_version"] != FORMAT_VERSION:
             return f"manifest.json: format_version={manifest['format_version']} is unknown"
         wanted = {name: FileSeal.from_json(entry) for name, entry in _entries(manifest)}
@@ -280,6 +280,6 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _ends_stage(path: Path) -> bool:
     try:
-        return bool(json.loads((path / "manifest.json").read_text())["ends_stage"])
+        return bool(read_json(path / "manifest.json")["ends_stage"])
     except (OSError, ValueError, KeyError):
         return False
