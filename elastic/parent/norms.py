@@ -175,4 +175,5 @@ class GatedRMSNorm(ElasticNorm):
         gated = gated.unflatten(-1, (self.groups, size))  # (b, t, g, units per group)
         variance = gated.square().sum(-1, keepdim=True) / kept
         normed = (gated * torch.rsqrt(variance + self.eps)).flatten(-2)
-        return weight * normed.to(y.dtype)
+        # A member's own weights are float32, by their scale, beside activations in bfloat16.
+        return (weight * normed.to(y.dtype)).to(y.dtype)

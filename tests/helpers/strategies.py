@@ -22,6 +22,7 @@ from elastic.members.architecture import (
 )
 from elastic.members.cut import Ranges, member_cuts, tensor_shapes
 from elastic.parent import HybridParent
+from elastic.parent.norms import ElasticNorm
 from elastic.parent.stock import stock_config
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -199,6 +200,27 @@ def random_parent(shape: ParentShape, seed: int = 0, kernels: str = "torch") -> 
     return parent
 
 
+def with_own_norms(
+    shape: ParentShape, seed: int = 0, budgets: int = 2, kernels: str = "torch"
+) -> HybridParent:
+    """A random parent whose budgets have random norms and random energies."""
+    parent = random_parent(shape, seed, kernels)
+    generator = torch.Generator().manual_seed(seed)
+    energies = {}
+    for name, module in parent.named_modules():
+        if isinstance(module, ElasticNorm):
+            drawn = torch.rand(
+                module.groups, len(module.weight) // module.groups, generator=generator
+            )
+            energies[f"{name}.weight"] = (drawn / drawn.sum(1, keepdim=True)).flatten()
+    parent.add_own_norms(budgets, energies)
+    with torch.no_grad():
+        for name, weight in parent.named_parameters():
+            if name.endswith(".own"):
+                weight.uniform_(0.5, 1.5, generator=generator)
+    return parent
+
+
 def random_tokens(shape: ParentShape, batch: int = 2, time: int = 9, seed: int = 0) -> Tensor:
     """(b, t) token ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -298,3 +320,22 @@ def stock_model(shape: ParentShape, device: str = "cpu") -> NemotronHForCausalLM
 def stock_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored names -> the names that transformers uses in memory."""
     return {name.replace("backbone.", "model.", 1): value for name, value in tensors.items()}
+
+
+def stock_member(parent: HybridParent, member: Architecture) -> NemotronHForCausalLM:
+    """transformers' own Nemotron-H with the weights that a homogeneous member keeps."""
+    stock = stock_model(cut_shape(parent.shape, member))
+    regions = kept_regions(parent.shape, member)
+    position = {layer.index: new for new, layer in enumerate(member.layers)}
+    cut = {}
+    for name, weight in parent.state_dict().items():
+        if regions[name].any():
+            dims = range(weight.dim())
+            others = [tuple(i for i in dims if i != d) for d in dims]
+            sizes = [int(regions[name].any(dim=dim).sum()) for dim in others]
+            parts = name.split(".")
+            if ".layers." in name:
+                parts[2] = str(position[int(parts[2])])
+            cut[".".join(parts)] = weight[regions[name]].view(sizes)
+    stock.load_state_dict(stock_names(cut))
+    return stock

@@ -13,7 +13,6 @@ from helpers.strategies import (
     TOLERANCE,
     assert_gradients_near,
     assert_near,
-    cut_shape,
     difference,
     gradients,
     kept_regions,
@@ -22,6 +21,7 @@ from helpers.strategies import (
     random_parent,
     random_tokens,
     shapes,
+    stock_member,
     stock_model,
     stock_names,
     tiny_member,
@@ -85,24 +85,7 @@ def test_every_kept_tensor_has_a_gradient_and_no_dropped_weight_has() -> None:
 def test_homogeneous_member_is_a_stock_model_with_the_cut_weights(drawn: Drawn) -> None:
     shape, member = drawn
     parent, tokens = random_parent(shape), random_tokens(shape)
-    stock = stock_model(cut_shape(shape, member))
-    regions = kept_regions(shape, member)
-    position = {layer.index: new for new, layer in enumerate(member.layers)}
-    cut = {}
-    for name, weight in parent.state_dict().items():
-        if regions[name].any():
-            sizes = [int(regions[name].any(dim=d).sum()) for d in _other_dims(weight)]
-            parts = name.split(".")
-            if ".layers." in name:
-                parts[2] = str(position[int(parts[2])])
-            cut[".".join(parts)] = weight[regions[name]].view(sizes)
-    stock.load_state_dict(stock_names(cut))
-    assert_near(parent.logits(tokens, member), stock(tokens).logits)
-
-
-def _other_dims(weight: Tensor) -> list[tuple[int, ...]]:
-    """For each dimension, all the others."""
-    return [tuple(i for i in range(weight.dim()) if i != d) for d in range(weight.dim())]
+    assert_near(parent.logits(tokens, member), stock_member(parent, member)(tokens).logits)
 
 
 @given(shapes())

@@ -14,12 +14,12 @@ from helpers.strategies import (
     shapes,
     tiny_member,
     tiny_shape,
+    with_own_norms,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from elastic.config import ParentShape
 from elastic.members.architecture import Architecture
 from elastic.members.cut import member_cuts
 from elastic.parent import HybridParent
@@ -28,25 +28,6 @@ from elastic.parent.norms import ElasticNorm, own_name, width_scale
 from elastic.routing.masks import hard_keep
 
 SHAPE = tiny_shape()
-
-
-def with_own_norms(shape: ParentShape, seed: int = 0, budgets: int = 2) -> HybridParent:
-    """A random parent whose budgets have random norms and random energies."""
-    parent = random_parent(shape, seed)
-    generator = torch.Generator().manual_seed(seed)
-    energies = {}
-    for name, module in parent.named_modules():
-        if isinstance(module, ElasticNorm):
-            drawn = torch.rand(
-                module.groups, len(module.weight) // module.groups, generator=generator
-            )
-            energies[f"{name}.weight"] = (drawn / drawn.sum(1, keepdim=True)).flatten()
-    parent.add_own_norms(budgets, energies)
-    with torch.no_grad():
-        for name, weight in parent.named_parameters():
-            if name.endswith(".own"):
-                weight.uniform_(0.5, 1.5, generator=generator)
-    return parent
 
 
 @given(st.data())
@@ -60,6 +41,18 @@ def test_sliced_is_masked_with_own_norms(data: st.DataObject) -> None:
         for own in (0, 1):
             sliced = parent.logits(tokens, member, own=own)
             assert_near(parent.logits(tokens, keep, own=own), sliced)
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0] * 4 + [1] * 5] * 2).int()])
+def test_weights_in_bfloat16_have_own_norms_too(documents: Tensor | None) -> None:
+    """Their scale is float32 and must not reach the projection after the norm."""
+    parent, tokens, member = with_own_norms(SHAPE), random_tokens(SHAPE), tiny_member()
+    with torch.no_grad():
+        exact = parent.logits(tokens, member, documents, own=1)
+        half = parent.bfloat16()
+        for run in (member, hard_keep(SHAPE, member)):
+            assert half(tokens, run, documents, own=1).dtype == torch.bfloat16
+            assert_near(half.logits(tokens, run, documents, own=1), exact, torch.bfloat16)
 
 
 def test_each_budget_and_the_parent_have_their_own() -> None:

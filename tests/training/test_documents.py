@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.documents import separately
 from helpers.runs import small_settings
 from helpers.strategies import (
     architectures,
@@ -56,25 +57,6 @@ def tiny_run(run: str) -> Member:
 def ids(*lengths: int) -> Tensor:
     """(1, t) document ids of a row with documents of these lengths."""
     return torch.repeat_interleave(torch.tensor(lengths))[None].int()
-
-
-def pieces(documents: Tensor) -> list[tuple[int, slice]]:
-    """Row and span of every document."""
-    found = []
-    for row, line in enumerate(documents):
-        _, lengths = line.unique_consecutive(return_counts=True)
-        ends = lengths.cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        found += [(row, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
-    return found
-
-
-def separately(parent: HybridParent, tokens: Tensor, member: Member, documents: Tensor) -> Tensor:
-    """(b, t, v) logits, every document in a call of its own."""
-    rows: list[list[Tensor]] = [[] for _ in tokens]
-    for row, span in pieces(documents):
-        rows[row].append(parent.logits(tokens[row : row + 1, span], member)[0])
-    return torch.stack([torch.cat(row) for row in rows])
 
 
 def leak(parent: HybridParent, member: Member, documents: Tensor) -> float:

@@ -1,0 +1,31 @@
+"""The plain twin of packing: every document of a batch in a call of its own."""
+
+import torch
+from torch import Tensor
+
+from elastic.parent import HybridParent, Member
+
+
+def pieces(documents: Tensor) -> list[tuple[int, slice]]:
+    """Row and span of every document."""
+    found = []
+    for row, line in enumerate(documents):
+        _, lengths = line.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        found += [(row, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+    return found
+
+
+def separately(
+    parent: HybridParent,
+    tokens: Tensor,
+    member: Member,
+    documents: Tensor,
+    own: int | None = None,
+) -> Tensor:
+    """(b, t, v) logits, every document in a call of its own."""
+    rows: list[list[Tensor]] = [[] for _ in tokens]
+    for row, span in pieces(documents):
+        rows[row].append(parent.logits(tokens[row : row + 1, span], member, None, own)[0])
+    return torch.stack([torch.cat(row) for row in rows])
