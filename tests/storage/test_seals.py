@@ -123,6 +123,16 @@ def test_sizes_are_compared_at_once(tmp_path: Path, change: str) -> None:
             opened(tmp_path)
 
 
+def test_no_names_are_no_files(tmp_path: Path) -> None:
+    """A checkpoint without small files must not be read whole for them."""
+    sealed(tmp_path)
+    flip(tmp_path / "a", 0)
+    found = Seals.read(tmp_path)
+    assert found is not None
+    found.check()
+    check_beside(tmp_path)
+
+
 def test_a_file_that_has_come_since_is_not_taken_for_sealed(tmp_path: Path) -> None:
     sealed(tmp_path)
     (tmp_path / "new").write_bytes(b"n")
