@@ -1,6 +1,7 @@
 """Every YAML under conf/ composes, passes the gate, and says what it claims to."""
 
 import dataclasses
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from helpers.runs import CONF, settings
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from elastic.bench.subjects import balanced_members
 from elastic.config import BENCHES, EvaluateConfig, ExtractConfig, RunConfig, parse
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
@@ -20,6 +22,7 @@ GROUPS = sorted(
     if path.parent.name not in ("experiment", "debug", "bench")
 )
 NANO = ("nano_v2_12b", "nano_v2_9b")
+RANDOM = ("1b", "3b")
 REAL = ["experiment=nano_v2_12b"]
 """What options for a real parent go with."""
 WITH = {
@@ -27,6 +30,11 @@ WITH = {
     ("data", "files"): [*REAL, "data.path=texts/*.jsonl"],
     ("data", "hub"): [*REAL, "data.path=owner/name"],
     ("trainer", "gpu"): REAL,
+    **{
+        (group, name): [f"{other}={name}", "data.tokenizer_vocab=131072"]
+        for name in RANDOM
+        for group, other in (("parent", "space"), ("space", "parent"))
+    },
     ("space", "heterogeneous"): REAL,
     **{
         (group, name): [f"experiment={name}"]
@@ -103,6 +111,34 @@ def test_the_published_parents_and_their_families_are_reachable(
     space, targets = Space.build(config.space, shape), targets_of(config.budgets, shape)
     assert list(targets) == list(config.budgets) and max(targets.values()) == parent
     check_reachable(space, targets, config.importance, config.space.tolerance, config.space.nested)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_random_parent_for_benches_is_a_smaller_9b_of_the_size_that_it_states(name: str) -> None:
+    """Its members of the benches' shares are in its space."""
+    path = CONF / "parent" / f"{name}.yaml"
+    stated = re.search(r"([\d,]+) parameters", path.read_text())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raws = {
+            bench: compose(f"bench/{bench}", [f"parent={name}", f"space={name}"])
+            for bench in ("step", "run", "profile")
+        }
+    configs = {bench: parse(raw, BENCHES[bench]) for bench, raw in raws.items()}
+    shape = configs["step"].parent.shape
+    assert stated is not None
+    assert int(stated[1].replace(",", "")) == parameters(shape, Architecture.full(shape))
+    whole = settings(Path("unused"), "experiment=nano_v2_9b").parent.shape
+    assert whole is not None
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    same = {width: getattr(whole, width) for width in (*widths, "mamba_num_heads")}
+    assert replace(shape, **same) == whole
+    assert shape.intermediate_size / shape.hidden_size == 3.5 == 15_680 / 4480
+    assert shape.num_attention_heads == 5 * shape.num_key_value_heads
+    heads = 128 * shape.hidden_size / 4480
+    assert abs(shape.mamba_num_heads - heads) <= 4, "the nearest multiple of the groups, or above"
+    for bench in ("step", "run"):
+        smaller = [share for share in configs[bench].shares if share < 1]
+        assert len(balanced_members(configs[bench].space, shape, smaller)) == len(smaller) > 1
 
 
 def test_heterogeneous_is_the_12b_space_layer_by_layer() -> None:
