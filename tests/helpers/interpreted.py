@@ -1,18 +1,14 @@
-"""The parent on the real Triton kernels of mamba_ssm, interpreted on a CPU, beside our own scan.
+"""The Triton kernels of mamba_ssm without a GPU: interpreted on a CPU, with plain convolutions.
 
-A program of its own, which test_mamba_kernels.py starts: triton reads TRITON_INTERPRET when it is
-imported, and a process that can import mamba_ssm has transformers call GPU kernels. The argument is
-`fused`, with plain twins of causal_conv1d, or `pieces`, without. Prints, as one line of JSON, for
-every case how far logits and the gradient of each tensor are from the plain path, as shares of
-their largest value, and which kernels the Mamba layer ran.
+For a process of its own (mamba_program.py): triton reads TRITON_INTERPRET when it is imported, and
+a process that can import mamba_ssm has transformers call GPU kernels.
 """
 
 import contextlib
-import json
 import math
 import sys
 import types
-from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +24,7 @@ def load_kernels() -> types.ModuleType:
 
     # Overflow of integers, which compiled kernels check in debug mode alone, is half of the time.
     TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
+    _compute_bfloat16()
     sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")  # Mamba 1
     torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment, misc]
     one = types.SimpleNamespace(multi_processor_count=1)
@@ -39,6 +36,29 @@ def load_kernels() -> types.ModuleType:
             if isinstance(kernel, Autotuner):  # one configuration, nothing to time: the smallest
                 kernel.configs = [min(kernel.configs, key=lambda c: math.prod(c.kwargs.values()))]
     return ssd_combined
+
+
+def _compute_bfloat16() -> None:
+    """The interpreter keeps bfloat16 as the integers of its bits, and would multiply those: have it
+    compute in float32 and round, as a GPU does."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    dot, binary = Builder.create_dot, Builder.binary_op
+
+    def widened(self: Builder, value: Any) -> Any:
+        if value.dtype.scalar != tl.bfloat16:
+            return value
+        return self.cast_impl(value, tl.float32)
+
+    def widened_dot(self: Builder, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(self, a), widened(self, b), *rest)
+
+    def widened_binary(self: Builder, lhs: Any, rhs: Any, op: Any) -> Any:
+        out = binary(self, widened(self, lhs), widened(self, rhs), op)
+        return self.cast_impl(out, tl.bfloat16) if lhs.dtype.scalar == tl.bfloat16 else out
+
+    Builder.create_dot, Builder.binary_op = widened_dot, widened_binary
 
 
 # Plain twins of causal_conv1d, which has no CPU path; strict where the real functions are.
@@ -64,7 +84,8 @@ def conv1d(
         assert seq_idx.shape == (x.shape[0], x.shape[2]) and (seq_idx >= 0).all()
         of = F.pad(seq_idx, (width - 1, 0), value=-1).unfold(1, width, 1)  # (b, t, width)
         windows = windows * (of == seq_idx[..., None])[:, None]
-    return F.silu(torch.einsum("bctw,cw->bct", windows, weight) + bias[:, None])
+    out = torch.einsum("bctw,cw->bct", windows.float(), weight.float()) + bias.float()[:, None]
+    return F.silu(out).to(x.dtype)  # in float32 inside, whatever the types
 
 
 def conv1d_backward(
@@ -89,87 +110,7 @@ def conv1d_backward(
     return dx, gradients[1], gradients[2], None
 
 
-def main(path: str) -> None:
-    kernels = load_kernels()
-    # What follows imports transformers, which looks for mamba_ssm: it must be loadable by now.
-    from helpers.strategies import (
-        difference,
-        gradient_differences,
-        gradients,
-        probe,
-        random_parent,
-        random_tokens,
-        tiny_shape,
-    )
-
-    import elastic.parent.ssd
-    from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
-    from elastic.parent import Keep, LayerKeep
-    from elastic.routing.masks import hard_keep
-
-    elastic.parent.ssd.MAMBA_SSM_CHUNK = CHUNK
-    kernels.causal_conv1d_fwd_function = conv1d if path == "fused" else None
-    kernels.causal_conv1d_bwd_function = conv1d_backward if path == "fused" else None
-    ran: list[str] = []
-
-    def noting(name: str) -> None:
-        function = getattr(kernels, name)
-        setattr(kernels, name, lambda *a, **k: (ran.append(name), function(*a, **k))[1])
-
-    noting("mamba_split_conv1d_scan_combined")
-    noting("mamba_chunk_scan_combined")
-
-    # Limits of the step size that often bind, an eps that weighs, two groups of two heads.
-    shape = tiny_shape(
-        pattern="-M*",
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        ssm_state_size=8,
-        time_step_limit=[0.3, 0.6],
-        norm_eps=0.05,
-    )
-    no_bias = replace(shape, conv_bias=False)
-    mlp, attention = MLPLayer(0, 9), AttentionLayer(2, 4)
-    member = Architecture(8, (mlp, MambaLayer(1, 2, 4), attention))
-    odd = Architecture(8, (mlp, MambaLayer(1, 2, 5), attention))  # 10 + 32 channels
-    heads = torch.tensor([[1.0, 0.6, 1.0, 0.6]])
-    soft = Keep(None, (LayerKeep(), LayerKeep(torch.tensor([0.8]), heads), LayerKeep()))
-    borders = torch.zeros(2, 2 * CHUNK + 5, dtype=torch.int32)  # three chunks, the last one short
-    borders[0, 5:] += 1  # inside the first chunk; the document reaches into the third
-    borders[0, -1:] += 1  # one step long
-    borders[1, CHUNK:] += 1  # between two chunks
-    one = torch.zeros(1, CHUNK + 4, dtype=torch.int32)  # only its shape is used
-    cases = {
-        "fused": {
-            "whole": (shape, None, one),
-            "sliced": (no_bias, member, one),
-            "masked": (shape, hard_keep(shape, member), one),
-            "documents": (shape, None, borders),
-            "odd": (shape, odd, one),
-        },
-        "pieces": {
-            "whole": (shape, None, one),
-            "sliced": (shape, member, one),
-            "masked": (shape, hard_keep(shape, member), one),
-            "documents": (shape, None, borders[:1]),
-            "soft": (shape, soft, one),
-        },
-    }
-    results = {}
-    for name, (sizes, run, documents) in cases[path].items():
-        tokens, logits, found = random_tokens(sizes, *documents.shape), {}, {}
-        ran.clear()
-        for choice in ("torch", "mamba_ssm"):
-            parent = random_parent(sizes, kernels=choice)
-            logits[choice] = parent.logits(tokens, run, None if documents is one else documents)
-            found[choice] = gradients(parent, probe(logits[choice]))
-        results[name] = {
-            "logits": difference(logits["mamba_ssm"], logits["torch"]),
-            "gradients": gradient_differences(found["mamba_ssm"], found["torch"]),
-            "kernels": ran.copy(),
-        }
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+def use_twins(kernels: types.ModuleType) -> None:
+    """Have the fused kernel take the twins for causal_conv1d."""
+    kernels.causal_conv1d_fwd_function = conv1d
+    kernels.causal_conv1d_bwd_function = conv1d_backward
