@@ -1,4 +1,4 @@
-"""Read parts of the tensors of a safetensors checkpoint, and no byte more than they need."""
+"""Read parts of the tensors of a safetensors checkpoint, and little more than they need."""
 
 import json
 import logging
@@ -33,6 +33,11 @@ every time, which costs more than reading it."""
 
 GAP_BYTES = 256
 """Gaps between kept columns up to this size are read too: cheaper than another system call."""
+
+PAGE_BYTES = 4096
+"""Rows up to this are read whole and picked in memory: whole pages come from the disk anyway."""
+SPARE = 0.1
+"""Longer rows are read whole too, a block at a time, where that is at most this share more."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,16 +95,17 @@ class StoredTensor:
         width, item = (rest[0] if rest else 1), self.dtype.itemsize * inner
         kept = size_of(columns, width)
         spans = _merged(((0, width),) if columns is None else columns, GAP_BYTES // item)
-        if self.file.sealed and width * item <= sealing.BLOCK_BYTES:
-            spans = ((0, width),)  # what lies between is read anyway, to be checked
-        read_bytes = sum(stop - start for start, stop in spans) * item
-        most = max(1, block_bytes // max(1, read_bytes))
+        row = width * item
+        checked = self.file.sealed and row <= sealing.BLOCK_BYTES  # read anyway, for its seal
+        if checked or row <= PAGE_BYTES or row <= (1 + SPARE) * kept * item:
+            spans = ((0, width),)
+        most = max(1, block_bytes // max(1, size_of(spans, width) * item))
         for group in _grouped(((0, height),) if rows is None else rows, most):
             count = sum(stop - start for start, stop in group)
-            read = self._rows(group, count, spans, width * item, item)  # (rows, spans)
+            read = self._rows(group, count, spans, row, item)  # (rows, spans)
             if once:
                 first, last = group[0][0], group[-1][1]
-                self.file.forget(self.offset + first * width * item, (last - first) * width * item)
+                self.file.forget(self.offset + first * row, (last - first) * row)
             values = read.view(self.dtype).view(count, -1, inner)  # (rows, columns, inner)
             if columns is not None:
                 values = _picked(values, spans, columns)

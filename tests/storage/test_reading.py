@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic.members.cut import Ranges
 from elastic.storage import reading, seals
+from elastic.storage.opened import OpenFile
 from elastic.storage.reading import TensorStore
 from elastic.storage.seals import SealBroken, Seals
 
@@ -47,8 +49,11 @@ def ranges_of(draw: st.DrawFn, size: int, ascending: bool) -> Ranges | None:
 @given(st.data(), st.sampled_from(["matrix", "half"]), st.sampled_from([1, 200, 10**6]))
 @pytest.mark.parametrize("sealed", [0, 64, 1 << 20])
 @pytest.mark.parametrize("gap", [0, 20, 256])
+@pytest.mark.parametrize(("page", "spare"), [(0, 0.0), (0, 0.1), (4096, 0.1)])
 def test_rows_in_any_order_and_ascending_columns(
     tensors: tuple[Path, dict[str, torch.Tensor]],
+    page: int,
+    spare: float,
     gap: int,
     sealed: int,
     data: st.DataObject,
@@ -62,6 +67,8 @@ def test_rows_in_any_order_and_ascending_columns(
     columns = data.draw(ranges_of(37, ascending=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "GAP_BYTES", gap)
+        patch.setattr(reading, "PAGE_BYTES", page)
+        patch.setattr(reading, "SPARE", spare)
         patch.setattr(seals, "BLOCK_BYTES", sealed or seals.BLOCK_BYTES)
         found = Seals.of(directory) if sealed else None
         stored = TensorStore(directory, SHAPES, found)[name]
@@ -72,6 +79,41 @@ def test_rows_in_any_order_and_ascending_columns(
     for block in blocks:
         assert block.dtype == values[name].dtype
         assert len(block) == 1 or block.numel() * block.element_size() <= block_bytes
+
+
+@pytest.mark.parametrize(
+    ("width", "columns", "whole"),
+    [
+        (1024, ((0, 300),), True),  # a row of one page
+        (1025, ((0, 300),), False),
+        (3000, ((0, 2728),), True),  # a tenth more than is kept
+        (3000, ((0, 2727),), False),
+        (3000, ((0, 100), (150, 2700)), False),  # read in one piece, since the gap is small
+    ],
+)
+def test_what_is_read_exceeds_what_is_kept_within_bounds(
+    tmp_path: Path, width: int, columns: Ranges, whole: bool
+) -> None:
+    """Kept rows alone; in whole rows no system call for each; else at most the gaps more."""
+    save_file({"a": torch.randn(40, width)}, tmp_path / reading.WHOLE)
+    stored = TensorStore(tmp_path, {"a": (40, width)})["a"]
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        read = OpenFile.read_into
+
+        def counting(self: OpenFile, buffer: memoryview, *rest: Any) -> None:
+            calls.append(len(buffer))
+            read(self, buffer, *rest)
+
+        patch.setattr(OpenFile, "read_into", counting)
+        stored.read((((20, 35), (3, 5)), columns))
+    kept = sum(stop - start for start, stop in columns)
+    if whole:
+        assert calls == [15 * width * 4, 2 * width * 4]
+        assert width * 4 <= reading.PAGE_BYTES or width <= 1.1 * kept
+    else:
+        gaps = (len(columns) - 1) * reading.GAP_BYTES
+        assert len(calls) == 17 and sum(calls) <= 17 * (kept * 4 + gaps)
 
 
 @pytest.mark.parametrize("name", ["vector", "taps"])
