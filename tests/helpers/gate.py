@@ -39,7 +39,6 @@ def run_settings() -> dict[str, Any]:
         "importance": {},
         "norms": {},
         "router": {},
-        "norms": {},
         "objective": {},
         "curriculum": {"stages": {"warm": STAGE | {"mode": "pretrain"}, "all": dict(STAGE)}},
         "data": {},

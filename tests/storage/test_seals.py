@@ -156,15 +156,6 @@ def test_seals_that_are_damaged_themselves_say_so(tmp_path: Path, old: str, new:
     assert told is not None and "seals.json: damaged" in told
 
 
-def test_no_names_are_no_files(tmp_path: Path) -> None:
-    """A checkpoint without small files: the weights are not read for them."""
-    sealed(tmp_path)
-    flip(tmp_path / "a", 0)
-    found = Seals.read(tmp_path)
-    assert found is not None
-    found.check()
-
-
 def test_what_ought_to_be_sealed_and_is_not_is_damage(tmp_path: Path) -> None:
     sealed(tmp_path)
     (tmp_path / NAME).unlink()
