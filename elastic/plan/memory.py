@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from elastic.config import ObjectiveConfig, ParentShape, RunConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.targets import smaller_budgets, targets_of
 from elastic.plan.blocks import Block, Execution, blocks_of
 
 BUCKET = 200_000_000
@@ -142,7 +141,7 @@ def static_memory(config: RunConfig, shape: ParentShape, space: Space) -> Static
         buffers += size * table  # on its way to the host
     return Static(
         weights, gradients, optimizer, _teacher(config, shape, blocks),
-        buffers, 16.0 * _router_weights(config, shape, space), step,
+        buffers, 16.0 * _router_weights(config, space), step,
     )  # fmt: skip
 
 
@@ -168,12 +167,11 @@ def _teacher(config: RunConfig, shape: ParentShape, blocks: object) -> float:
     return places + (count / config.trainer.world_size if kind == "zero3" else 0.0)
 
 
-def _router_weights(config: RunConfig, shape: ParentShape, space: Space) -> int:
-    """Weights of all routers: two layers per elastic axis and budget that has a choice."""
-    hidden = config.router.hidden_units
-    budgets = len(smaller_budgets(shape, targets_of(config.budgets, shape)))
+def _router_weights(config: RunConfig, space: Space) -> int:
+    """Weights of all routers: two layers per elastic axis."""
+    hidden, budgets = config.router.hidden_units, len(config.budgets)
     outputs = sum(space.decisions(axis) * len(space.choices[axis]) for axis in space.elastic_axes)
-    return budgets * (len(space.elastic_axes) * 2 * hidden + outputs * (hidden + 1))
+    return len(space.elastic_axes) * (budgets + 1) * hidden + outputs * (hidden + 1)
 
 
 def pass_memory(

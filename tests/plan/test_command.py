@@ -36,7 +36,7 @@ def test_the_command_prints_and_writes_the_same_plan(tmp_path: Path) -> None:
     assert done.stdout.startswith("Plan of nano_v2_12b: DOES NOT FIT on 128 GPUs\n")
     for words in ("12,310,001,152", "8 GPUs", "It fits with", "GiB", "it fits with"):
         assert words in done.stdout
-    changes = "objective.teacher=replicated trainer.strategy=zero3"
+    changes = "trainer.strategy=zero3 objective.teacher=zero3"
     assert written["verdict"]["command"].endswith(f" experiment=nano_v2_12b {changes}")
 
 

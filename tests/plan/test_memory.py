@@ -72,8 +72,6 @@ def base(checkpointing: bool, precision: str = "32-true") -> RunConfig:
         f"trainer.precision={precision}",
     )
     config.objective.chunk_tokens = 64
-    for stage in config.curriculum.stages.values():
-        stage.draws = 1  # so that any number of processes can share a batch
     return config
 
 
@@ -144,7 +142,7 @@ def test_the_router_is_exact() -> None:
     space = Space.build(
         dataclasses.replace(config.space, heterogeneous=["ffn"]), config.parent.shape
     )
-    router = Router(space, len(config.budgets) - 1, config.router, torch.Generator())
+    router = Router(space, len(config.budgets), config.router, torch.Generator())
     weights = list(router.parameters())
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
@@ -162,7 +160,7 @@ def test_what_a_pass_keeps_is_what_autograd_keeps(case: str, checkpointing: bool
     """Unique storages of saved tensors, parameters left out; masks are the rest of the 1%."""
     step, member = prepared(case, checkpointing)
     measured = saved_bytes(
-        lambda: step.module.head(step.batch, member, None), list(step.module.parent.parameters())
+        lambda: step.module.head(step.batch, member), list(step.module.parent.parameters())
     )
     assert planned(case, checkpointing).activations == pytest.approx(measured, rel=0.01)
 
@@ -197,7 +195,7 @@ def test_types_are_those_of_the_precision(case: str, precision: str, checkpointi
 
     def forward() -> Any:
         with autocast(step.device, precision):
-            return step.module.head(step.batch, member, None)
+            return step.module.head(step.batch, member)
 
     measured = saved_bytes(forward, list(step.module.parent.parameters()))
     copies = rounded_weights(SHAPE, checkpointing, precision)
