@@ -19,7 +19,7 @@ from elastic.config import ObjectiveConfig, OptimConfig, RouterConfig, SpaceConf
 from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Architecture, Selection, Space
 from elastic.members.cost import parameters
-from elastic.routing.draws import draw_seed
+from elastic.routing.curriculum import draw_seed
 from elastic.routing.router import (
     Router,
     RouterOptimizer,
