@@ -48,7 +48,7 @@ class Variant:
     passes: str
     """As `budgets_per_batch` in a stage."""
     budget: str | None = None
-    """The only budget that is drawn; None draws all alike."""
+    """The only budget that is drawn; None draws by the stage's probabilities."""
     teacher: str = "replicated"
 
 
@@ -64,7 +64,7 @@ def measure(config: RunBenchConfig, device: torch.device) -> Result:
     for phase in ("soft", "frozen"):
         times.mean_of(phase, [f"{phase} {budget}" for budget in budgets])
     together = [name for name, variant in variants.items() if variant.budget is None]
-    passes = {name: bench.stage(variants[name]).passes.turns for name in together} | {"frozen": 1}
+    passes = {name: bench.stage(variants[name]).passes for name in together} | {"frozen": 1}
     per_budget_token = {
         "one" if name == "frozen" else name: times.median(name) / (config.batch_tokens * count)
         for name, count in passes.items()
@@ -170,9 +170,6 @@ class _Bench:
             sequence_length=config.sequence_length,
             batch_tokens=config.batch_tokens,
             budgets_per_batch=variant.passes,
-            budget_probabilities=None
-            if variant.budget is None
-            else {name: float(name == variant.budget) for name in self.targets},
             model_lr=1e-4,
         )
         (planned,) = plan({"bench": stage}, TrainerConfig(), list(self.targets))
@@ -189,12 +186,18 @@ class _Bench:
             objective = dataclasses.replace(
                 objective, teacher="in_place", cross_entropy_weight=weight
             )
+        share = 1 / len(self.targets)
+        probabilities = {
+            name: share if variant.budget is None else float(name == variant.budget)
+            for name in self.targets
+        }
         module = ElasticModule(
             self.parent,
             self.families[variant.frozen],
             None if variant.teacher == "in_place" else self.teacher,
             RouterOptimizer(self.families[variant.frozen].router, OptimConfig()),
             stage,
+            probabilities,
             objective,
             OptimConfig(),
             config.seed,
@@ -224,11 +227,12 @@ class _Bench:
             self.text,
             self.text,
             sequence_length=stage.config.sequence_length,
-            rows=lambda micro_step: stage.rows(micro_step, 0, 1),
+            batch_sequences=stage.batch_sequences,
             validation_sequences=1,
             validation_batch=1,
             seed=self.config.seed,
             stage_name=stage.name,
+            repeats=stage.passes,
         )
 
 

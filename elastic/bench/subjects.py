@@ -28,10 +28,9 @@ from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import stock_config
 from elastic.routing.curriculum import plan
-from elastic.routing.draws import PARENT
 from elastic.routing.sizes import check_sizes
 from elastic.teacher import OnlineTeacher
-from elastic.training.module import ElasticModule
+from elastic.training.module import PARENT, ElasticModule
 
 
 def shape_of(config: ParentConfig) -> ParentShape:
@@ -113,7 +112,7 @@ class TrainingStep:
         parent.to(_stored(precision))
         objective = ObjectiveConfig(chunk_tokens=chunk_tokens)
         self.module = ElasticModule(
-            parent, None, None, None, planned, objective, OptimConfig(), seed=0
+            parent, None, None, None, planned, {PARENT: 1.0}, objective, OptimConfig(), seed=0
         )
         self.optimizer = self.module.configure_optimizers()
 

@@ -86,15 +86,6 @@ class RunConfig:
                 f"a multiple of {unit} = 1 sequence x {processes} processes; the nearest is "
                 f"{max(1, round(stage.batch_tokens / unit)) * unit}",
             )
-            shared = stage.batch_tokens // unit
-            possible = [draws for draws in range(1, shared + 1) if shared % draws == 0]
-            require(
-                stage.draws in possible,
-                f"{where}.draws",
-                stage.draws,
-                f"one of {', '.join(map(str, possible))}: each draw is split evenly over the "
-                f"processes, which have {shared} sequences each",
-            )
         require(
             self.trainer.strategy != "zero3" or self.parent.activation_checkpointing,
             "parent.activation_checkpointing",

@@ -96,16 +96,9 @@ class StageConfig:
     """Tokens per optimizer step, over all processes."""
     budget_probabilities: dict[str, float] | None = None
     """How often each budget is drawn; null draws all alike."""
-    draws: int = 1
-    """Equal parts of a step's batch, of which each trains what `budgets_per_batch` says. Budgets
-    share them in proportion to their probabilities; what is left over is carried into the next
-    steps."""
-    noise_groups: int = 1
-    """Into how many groups, each with router noise of its own, the draws of a budget in one step
-    are divided at most."""
     budgets_per_batch: str = "one"
-    """What a draw trains: `one` budget; `all` of them, their losses weighted by their probability;
-    or `sandwich`, the largest, the smallest and one drawn from those between, alike
+    """What a micro-batch trains: `one` budget drawn by its probability; `all` of them, their losses
+    weighted by it; or `sandwich`, the largest, the smallest and one drawn from those between, alike
     (arXiv 1903.05134)."""
     model_lr: float
     """Peak learning rate of the weights."""
@@ -120,9 +113,7 @@ class StageConfig:
     def check(self, where: str) -> None:
         """Raise `ConfigError` for a value that cannot work; `where` is the stage's key."""
         one_of(f"{where}.mode", self.mode, ("pretrain", "elastic"))
-        for name in (
-            "tokens sequence_length batch_tokens model_lr router_lr draws noise_groups"
-        ).split():
+        for name in ("tokens", "sequence_length", "batch_tokens", "model_lr", "router_lr"):
             require(getattr(self, name) > 0, f"{where}.{name}", getattr(self, name), "positive")
         require(self.warmup_steps >= 0, f"{where}.warmup_steps", self.warmup_steps, "at least 0")
         ratio = self.final_lr_ratio
@@ -133,12 +124,6 @@ class StageConfig:
             f"{where}.batch_tokens",
             self.batch_tokens,
             f"a multiple of sequence_length={self.sequence_length}; the nearest is {nearest}",
-        )
-        require(
-            self.mode == "elastic" or self.draws == 1,
-            f"{where}.draws",
-            self.draws,
-            "1: a pretrain stage has no budgets",
         )
         passes = self.budgets_per_batch
         one_of(f"{where}.budgets_per_batch", passes, ("one", "all", "sandwich"))
@@ -285,8 +270,8 @@ class TrainerConfig:
     """32-true, bf16-mixed, or bf16-true, which only zero1 to zero3 have: they keep float32 masters
     of the weights."""
     micro_batch_tokens: int | None = None
-    """At most so many tokens per forward pass and process; null is all that a budget has in a
-    step."""
+    """At most so many tokens per forward pass and process; null is the whole batch. Passes are made
+    equal. Budgets are drawn for each of these micro-batches."""
     validate_every: int = 200
     """Optimizer steps between validations of every budget."""
     checkpoint_every: int = 200

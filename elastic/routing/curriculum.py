@@ -2,12 +2,12 @@
 torch."""
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from elastic.config import StageConfig, TrainerConfig
 from elastic.config.checks import require
-from elastic.routing.draws import Passes, plan_passes
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,12 @@ class Stage:
     config: StageConfig
     steps: int
     """Optimizer steps: the tokens, rounded up to whole steps."""
-    passes: Passes
+    accumulation: int
+    """Forward passes per process and optimizer step: micro-batches times `passes`."""
+    passes: int
+    """Forward passes over each micro-batch, one for each budget that it trains."""
     batch_sequences: int
-    """Most sequences in a forward pass of one process."""
+    """Sequences per forward pass and process."""
     tokens_before: int
     """Tokens of all stages of this mode before this one."""
     tokens_of_mode: int
@@ -35,25 +38,19 @@ class Stage:
     def tokens(self) -> int:
         return self.steps * self.config.batch_tokens
 
-    @property
-    def accumulation(self) -> int:
-        """Forward passes of a process per optimizer step."""
-        return self.passes.per_step
-
-    def rows(self, micro_step: int, rank: int, world_size: int) -> range:
-        """Places in the stage's stream of text of what a process reads in one forward pass; passes
-        are counted over the whole stage."""
-        step, position = divmod(micro_step, self.accumulation)
-        here = self.passes.of(step)[position]
-        count = here.sequences // world_size
-        sequences = self.config.batch_tokens // self.config.sequence_length
-        first = step * sequences + here.first + rank * count
-        return range(first, first + count)
-
     def progress(self, step: int) -> float:
         """Share of all tokens of this mode that were seen before optimizer step `step` of the
         stage."""
         return (self.tokens_before + step * self.config.batch_tokens) / self.tokens_of_mode
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over a micro-batch."""
+
+    budget: str
+    weight: float
+    """Of its loss, in the mean over all passes of an optimizer step; they sum to their number."""
 
 
 def plan(
@@ -69,15 +66,18 @@ def plan(
     planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
         warm.setdefault(stage.mode, stage.warmup_steps * stage.batch_tokens / totals[stage.mode])
-        passes = plan_passes(stage, trainer, budget_probabilities(stage, budgets))
+        sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size)
+        micro = _micro_sequences(stage, trainer, sequences)
+        passes = _pass_count(stage, budgets)
         planned.append(
             Stage(
                 name=name,
                 index=index,
                 config=stage,
                 steps=steps[name],
+                accumulation=passes * (sequences // micro),
                 passes=passes,
-                batch_sequences=passes.most_sequences // trainer.world_size,
+                batch_sequences=micro,
                 tokens_before=seen[stage.mode],
                 tokens_of_mode=totals[stage.mode],
                 steps_before=sum(earlier.steps for earlier in planned),
@@ -93,6 +93,20 @@ def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str
     if stage.budget_probabilities is None:
         return {name: 1 / len(budgets) for name in budgets}
     return {name: stage.budget_probabilities.get(name, 0.0) for name in budgets}
+
+
+def _micro_sequences(stage: StageConfig, trainer: TrainerConfig, sequences: int) -> int:
+    """Sequences per forward pass: as many as are allowed and divide those of the process."""
+    if trainer.micro_batch_tokens is None:
+        return sequences
+    most = min(sequences, trainer.micro_batch_tokens // stage.sequence_length)
+    return max(count for count in range(1, most + 1) if sequences % count == 0)
+
+
+def _pass_count(stage: StageConfig, budgets: Sequence[str]) -> int:
+    if stage.budgets_per_batch == "all":
+        return sum(share > 0 for share in budget_probabilities(stage, budgets).values())
+    return {"one": 1, "sandwich": 3}[stage.budgets_per_batch]
 
 
 def check_budgets(
@@ -127,6 +141,36 @@ def check_budgets(
             *where,
             f"positive for {largest}, the teacher of the others (objective.teacher=in_place)",
         )
+
+
+def draw_seed(seed: int, purpose: str, stage: int, step: int, micro_step: int) -> int:
+    """Seed of one draw: the same on every rank, and after a resume."""
+    text = f"{seed}/{purpose}/{stage}/{step}/{micro_step}"
+    return random.Random(text).getrandbits(63)
+
+
+def draw_budget(probabilities: Mapping[str, float], seed: int) -> str:
+    """One budget, a function of the seed alone."""
+    names = list(probabilities)
+    return random.Random(seed).choices(names, [probabilities[name] for name in names])[0]
+
+
+def draw_passes(
+    budgets_per_batch: str, probabilities: Mapping[str, float], seed: int
+) -> list[Pass]:
+    """The passes over one micro-batch, largest budget first; a function of its arguments.
+
+    `probabilities` are those of every budget, largest first. `all` has the gradient that `one` has
+    on average. `sandwich` (arXiv 1903.05134) always takes both ends.
+    """
+    if budgets_per_batch == "one":
+        return [Pass(draw_budget(probabilities, seed), 1.0)]
+    if budgets_per_batch == "all":
+        taken = {name: share for name, share in probabilities.items() if share > 0}
+        return [Pass(name, share * len(taken)) for name, share in taken.items()]
+    largest, *between, smallest = probabilities
+    middle = draw_budget({name: probabilities[name] for name in between}, seed)
+    return [Pass(name, 1.0) for name in (largest, middle, smallest)]
 
 
 def learning_rate_factor(stage: Stage, step: int, held_until: float) -> float:

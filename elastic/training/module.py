@@ -16,14 +16,16 @@ from elastic.config import ObjectiveConfig, OptimConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import HybridParent, Member
 from elastic.parent.hybrid import Block
-from elastic.routing.curriculum import Stage, learning_rate_factor
+from elastic.routing.curriculum import Stage, draw_passes, draw_seed, learning_rate_factor
 from elastic.routing.decide import Compare
-from elastic.routing.draws import draw_seed
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import Teacher, documents_in
 
 log = logging.getLogger(__name__)
+
+PARENT = "parent"
+"""Name of the only member in a pretrain stage."""
 
 
 class TrainingDiverged(FloatingPointError):
@@ -42,6 +44,7 @@ class ElasticModule(L.LightningModule):
         teacher: predictions of the frozen, unsorted parent; None in a pretrain stage, and
             where the full budget's own pass teaches.
         router_optimizer: None in a pretrain stage.
+        probabilities: how often each budget is drawn in this stage; the largest first.
         max_bad_steps: as trainer.max_bad_steps.
         document_start: the token that begins a document which sees nothing of those before it; None
             lets state and attention cross.
@@ -57,6 +60,7 @@ class ElasticModule(L.LightningModule):
         teacher: Teacher | None,
         router_optimizer: RouterOptimizer | None,
         stage: Stage,
+        probabilities: dict[str, float],
         objective: ObjectiveConfig,
         optim: OptimConfig,
         seed: int,
@@ -70,7 +74,7 @@ class ElasticModule(L.LightningModule):
         self.parent = parent
         self.family, self.stage, self.teacher = family, stage, teacher
         self.router_optimizer = router_optimizer
-        self.objective, self.optim = objective, optim
+        self.probabilities, self.objective, self.optim = probabilities, objective, optim
         self.seed, self.document_start = seed, document_start
         self.max_bad_steps = max_bad_steps
         self.micro_step = 0
@@ -135,20 +139,22 @@ class ElasticModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """One pass over a batch (b, t + 1) int64 -> its weighted loss, and what to log.
 
-        The passes over the same sequences follow each other, the largest budget first. Each is a
-        step of the gradient accumulation, so that one member's activations exist at a time; the
-        teacher's predictions are computed in the first and kept until the last.
+        The `stage.passes` passes over a micro-batch follow each other, the largest budget first.
+        Each is a step of the gradient accumulation, so that one member's activations exist at a
+        time; the teacher's predictions are computed in the first and kept until the last.
         """
         step, position = divmod(self.micro_step, self.stage.accumulation)
-        drawn, turn = self.stage.passes.of(step)[position], position % self.stage.passes.turns
-        last = turn + 1 == self.stage.passes.turns
-        budget, weight = drawn.budget, drawn.weight
+        micro_batch, turn = divmod(position, self.stage.passes)
+        last = turn + 1 == self.stage.passes
         member: Member = None
         terms: dict[str, Tensor] = {}
         figures: dict[str, Tensor | float] = {}
-        loss = torch.zeros((), device=self.device)
+        budget, weight, loss = PARENT, 1.0, torch.zeros((), device=self.device)
         if self.family is not None:
-            seed = draw_seed(self.seed, "router", self.stage.index, step, *drawn.noise)
+            seed = draw_seed(self.seed, "budget", self.stage.index, step, micro_batch)
+            drawn = draw_passes(self.stage.config.budgets_per_batch, self.probabilities, seed)[turn]
+            budget, weight = drawn.budget, drawn.weight
+            seed = draw_seed(self.seed, "router", self.stage.index, step, position)
             draw = self.family.draw(budget, self.progress, seed)
             member, figures = draw.member, draw.figures
             terms = {name: value for name, value in draw.terms.items() if name != "total"}
@@ -205,8 +211,9 @@ class ElasticModule(L.LightningModule):
         """The teacher's predictions for the training batch at hand; None where there is none."""
         if self.teacher is None:
             return None
-        rows = self.stage.rows(self.micro_step, self.global_rank, self.trainer.world_size)
-        return self.teacher.distributions(batch, "train", rows.start)
+        number = self.micro_step // self.stage.passes
+        first = (number * self.trainer.world_size + self.global_rank) * len(batch)
+        return self.teacher.distributions(batch, "train", first)
 
     def configure_optimizers(self) -> Optimizer:
         """AdamW; vectors (those of several budgets too) and scalars are never decayed. The rate is

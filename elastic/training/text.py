@@ -9,22 +9,24 @@ from elastic.training.setup import Setup
 
 
 def stage_text(setup: Setup, stage: Stage, start_micro_step: int) -> TextDataModule:
-    """Training and validation text of a stage, from one of its forward passes on.
+    """Training and validation text of a stage, from one of its micro-batches on.
 
     Raises:
         ConfigError: the text is shorter than one sequence of the stage.
     """
-    place = setup.place
     return TextDataModule(
         setup.data.train,
         setup.data.validation,
         sequence_length=stage.config.sequence_length,
-        rows=lambda micro_step: stage.rows(micro_step, place.rank, place.world_size),
+        batch_sequences=stage.batch_sequences,
         validation_sequences=setup.config.data.validation_sequences,
         validation_batch=stage.batch_sequences,
         seed=setup.config.seed,
         stage_name=stage.name,
+        repeats=stage.passes,
         start_micro_step=start_micro_step,
+        rank=setup.place.rank,
+        world_size=setup.place.world_size,
     )
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from elastic.cluster.signals import StopOnSignal, StopSignals
 from elastic.cluster.strategies import build_strategy
 from elastic.parent import HybridParent
-from elastic.routing.curriculum import Stage
+from elastic.routing.curriculum import Stage, budget_probabilities
 from elastic.routing.family import Family
 from elastic.routing.router import RouterOptimizer
 from elastic.teacher import Teacher
 from elastic.training.build import blank
 from elastic.training.callbacks import BudgetValidation, Checkpoints, Metrics, Progress, Restore
-from elastic.training.module import ElasticModule
+from elastic.training.module import PARENT, ElasticModule
 from elastic.training.resume import CheckpointStore, Saved
 from elastic.training.setup import Setup
 from elastic.training.text import stage_text
@@ -78,12 +78,14 @@ def train_stages(
             parent.add_own_norms(len(family.own), energies)
         if saved is not None:
             saved.pieces.load_weights(parent)
+        probabilities = budget_probabilities(stage.config, list(setup.targets))
         module = ElasticModule(
             parent,
             family,
             teacher,
             optimizer,
             stage,
+            {PARENT: 1.0} if family is None else probabilities,
             setup.config.objective,
             setup.config.optim,
             setup.config.seed,

@@ -7,7 +7,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.streams import every
 from torch import Tensor
 
 from elastic.config import ConfigError
@@ -23,7 +22,7 @@ def make(**settings: Any) -> TextDataModule:
         train=TOKENS,
         validation=TOKENS,
         sequence_length=LENGTH,
-        rows=every(3),
+        batch_sequences=3,
         validation_sequences=7,
         validation_batch=3,
         seed=5,
@@ -57,23 +56,29 @@ def test_an_epoch_is_every_sequence_once_in_another_order_each_time() -> None:
 
 @pytest.mark.parametrize("start", [1, 16, 17, 40])
 def test_starting_later_is_going_on(start: int) -> None:
-    whole = batches(start + 20, rows=every(3, rank=1, world_size=2))
-    late = batches(20, rows=every(3, rank=1, world_size=2), start_micro_step=start)
+    whole = batches(start + 20, rank=1, world_size=2)
+    late = batches(20, rank=1, world_size=2, start_micro_step=start)
     torch.testing.assert_close(torch.stack(late), torch.stack(whole[start:]))
 
 
-def test_a_batch_has_the_rows_that_it_is_asked_for() -> None:
-    """Of any number, again and again, and over the border of an epoch."""
-    asked = [range(0, 3), range(0, 3), range(3, 4), range(48, 53)]
-    plain = torch.cat(batches(20))
-    found = batches(len(asked), rows=lambda micro_step: asked[micro_step])
-    for batch, rows in zip(found, asked, strict=True):
-        assert torch.equal(batch, plain[rows.start : rows.stop])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_a_repeated_batch_is_the_same_text_and_the_next_one_follows(repeats: int) -> None:
+    """However often batches repeat, the text comes in the same order, border of epochs included."""
+    plain = torch.stack(batches(20, rank=1, world_size=2))
+    repeated = torch.stack(batches(20 * repeats, rank=1, world_size=2, repeats=repeats))
+    torch.testing.assert_close(repeated, plain.repeat_interleave(repeats, dim=0))
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_a_stream_goes_on_between_the_repeats_of_a_batch(start: int) -> None:
+    whole = batches(start + 10, repeats=3)
+    late = batches(10, repeats=3, start_micro_step=start)
+    torch.testing.assert_close(torch.stack(late), torch.stack(whole[start:]))
 
 
 def test_ranks_share_one_stream_and_never_overlap_within_an_epoch() -> None:
-    ranks = [batches(10, rows=every(2, rank, 3)) for rank in range(3)]
-    one = batches(10, rows=every(6))
+    ranks = [batches(10, rank=rank, world_size=3, batch_sequences=2) for rank in range(3)]
+    one = batches(10, batch_sequences=6)
     for micro_step in range(10):
         together = torch.cat([rank[micro_step] for rank in ranks])
         torch.testing.assert_close(together, one[micro_step])

@@ -44,17 +44,14 @@ SMALL_SPACE = [
 def stage(name: str, steps: int, length: int = 64, batch: int = 512, lr: float = 3e-3) -> list[str]:
     """Overrides that make one stage short."""
     where = f"curriculum.stages.{name}"
-    settings = [
+    return [
         f"{where}.tokens={steps * batch}",
         f"{where}.sequence_length={length}",
         f"{where}.batch_tokens={batch}",
         f"{where}.model_lr={lr}",
+        # A second elastic stage has no warmup of its own.
+        *([] if name == "long" else [f"{where}.warmup_steps={max(1, steps // 10)}"]),
     ]
-    if name != "pretrain":  # two processes can split each draw
-        settings.append(f"{where}.draws={max(1, batch // length // 2)}")
-    if name != "long":
-        settings.append(f"{where}.warmup_steps={max(1, steps // 10)}")
-    return settings
 
 
 CALIBRATION = [

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -9,9 +12,13 @@ from hypothesis import strategies as st
 
 from elastic.config import ConfigError, StageConfig, TrainerConfig
 from elastic.routing.curriculum import (
+    Pass,
     Stage,
     budget_probabilities,
     check_budgets,
+    draw_budget,
+    draw_passes,
+    draw_seed,
     learning_rate_factor,
     plan,
 )
@@ -55,25 +62,46 @@ def test_the_published_stages_have_the_published_steps() -> None:
     assert abs(short.steps - 5166) <= 1 and abs(long.steps - 1788) <= 1
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(1, None), (2, None), (2, 20), (4, 10)])
-def test_processes_share_the_text_of_every_pass(processes: int, micro: int | None) -> None:
-    """In order, each sequence of a step once, and the next step goes on."""
+@pytest.mark.parametrize(
+    ("micro", "devices", "nodes", "accumulation", "sequences"),
+    [
+        (None, 1, 1, 1, 48),
+        (None, 2, 2, 1, 12),
+        (80, 1, 1, 6, 8),
+        (80, 3, 1, 2, 8),
+        (10, 2, 3, 8, 1),
+        (95, 1, 1, 6, 8),
+        (79, 1, 1, 8, 6),
+        (10_000, 1, 2, 1, 24),
+    ],
+)
+def test_a_step_is_split_over_processes_and_equal_forward_passes(
+    micro: int | None, devices: int, nodes: int, accumulation: int, sequences: int
+) -> None:
     planned = only(
-        stage(batch_tokens=240, draws=3), micro_batch_tokens=micro, devices=processes,
+        stage(batch_tokens=480), micro_batch_tokens=micro, devices=devices, num_nodes=nodes,
         strategy="ddp",
     )  # fmt: skip
-    assert planned.accumulation == len(planned.passes.of(0))
-    for step in range(3):
-        seen: list[int] = []
-        for position, each in enumerate(planned.passes.of(step)):
-            rows = [
-                planned.rows(step * planned.accumulation + position, rank, processes)
-                for rank in range(processes)
-            ]
-            assert {len(part) for part in rows} == {each.sequences // processes}
-            assert max(map(len, rows)) <= planned.batch_sequences
-            seen += itertools.chain(*rows)
-        assert seen == list(range(24 * step, 24 * (step + 1)))
+    assert (planned.accumulation, planned.batch_sequences) == (accumulation, sequences)
+    assert planned.accumulation * planned.batch_sequences * devices * nodes == 48
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({"budgets_per_batch": "one"}, 1),
+        ({"budgets_per_batch": "all"}, 3),
+        ({"budgets_per_batch": "all", "budget_probabilities": {"full": 0.5, "small": 0.5}}, 2),
+        ({"budgets_per_batch": "sandwich"}, 3),
+    ],
+)
+def test_a_step_passes_over_every_micro_batch_once_per_budget(
+    fields: dict[str, object], passes: int
+) -> None:
+    """More passes of the same size, and no fewer tokens of text."""
+    planned = only(stage(batch_tokens=480, **fields), micro_batch_tokens=80)
+    assert (planned.passes, planned.accumulation) == (passes, 6 * passes)
+    assert planned.batch_sequences == 8 and planned.steps == only(stage(batch_tokens=480)).steps
 
 
 def three_stages() -> list[Stage]:
@@ -134,6 +162,65 @@ def test_budgets_that_a_stage_does_not_name_are_not_drawn() -> None:
     config = stage(budget_probabilities={"c": 0.4, "a": 0.6})
     probabilities = budget_probabilities(config, ["a", "b", "c"])
     assert list(probabilities.items()) == [("a", 0.6), ("b", 0.0), ("c", 0.4)]
+    drawn = {draw_budget(probabilities, seed) for seed in range(500)}
+    assert drawn == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    "probabilities", [{"12b": 0.5, "9b": 0.3, "6b": 0.2}, {"12b": 1 / 3, "9b": 1 / 3, "6b": 1 / 3}]
+)
+def test_budgets_come_as_often_as_their_probabilities_say(probabilities: dict[str, float]) -> None:
+    """Over the seeds of a run, within 4 sigma."""
+    draws = 20_000
+    counts = Counter(
+        draw_budget(probabilities, draw_seed(0, "budget", 1, step, micro_step))
+        for step in range(draws // 4)
+        for micro_step in range(4)
+    )
+    for name, probability in probabilities.items():
+        sigma = math.sqrt(draws * probability * (1 - probability))
+        assert abs(counts[name] - draws * probability) <= 4 * sigma
+
+
+def test_successive_budgets_are_independent() -> None:
+    """Pairs of neighbours, too, come as often as chance has it."""
+    draws, even = 8000, {"a": 0.5, "b": 0.5}
+    sequence = [draw_budget(even, draw_seed(0, "budget", 0, step, 0)) for step in range(draws)]
+    same = sum(one == two for one, two in itertools.pairwise(sequence))
+    assert abs(same - draws / 2) <= 4 * math.sqrt(draws) / 2
+
+
+# Several budgets per batch
+
+
+def test_one_budget_is_the_one_that_is_drawn() -> None:
+    for seed in range(50):
+        assert draw_passes("one", SHARES, seed) == [Pass(draw_budget(SHARES, seed), 1.0)]
+
+
+SHARES = {"a": 0.5, "b": 0.2, "c": 0.0, "d": 0.3}
+
+
+def test_all_budgets_weigh_what_one_budget_does_on_average() -> None:
+    """The mean over the passes is the sum by probability; what is never drawn is not passed."""
+    passes = draw_passes("all", SHARES, 0)
+    assert [each.budget for each in passes] == ["a", "b", "d"], "largest first"
+    for each in passes:
+        assert each.weight / len(passes) == pytest.approx(SHARES[each.budget])
+    alike = draw_passes("all", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, 0)
+    assert [each.weight for each in alike] == [1.0, 1.0, 1.0]
+
+
+def test_a_sandwich_is_both_ends_and_one_between_by_its_probability() -> None:
+    shares, draws = {"a": 0.9, "b": 0.06, "c": 0.0, "d": 0.02, "e": 0.02}, 4000
+    counts: Counter[str] = Counter()
+    for step in range(draws):
+        first, middle, last = draw_passes("sandwich", shares, draw_seed(0, "budget", 1, step, 0))
+        assert (first.budget, last.budget) == ("a", "e")
+        assert {first.weight, middle.weight, last.weight} == {1.0}
+        counts[middle.budget] += 1
+    assert set(counts) == {"b", "d"}
+    assert abs(counts["b"] - 0.75 * draws) <= 4 * math.sqrt(draws * 0.75 * 0.25)
 
 
 TARGETS = {"full": 100, "medium": 70, "small": 40}
@@ -182,6 +269,46 @@ def test_a_sandwich_has_something_to_draw_for_its_middle() -> None:
         f"curriculum.stages.last.budget_probabilities={ends}: must be positive for one of medium: "
         "a sandwich draws between the ends"
     )
+
+
+# Seeds (law 8)
+
+
+def test_draws_differ_in_every_coordinate_and_by_purpose() -> None:
+    seeds = [
+        draw_seed(seed, purpose, index, step, micro_step)
+        for seed in (0, 1, 11)
+        for purpose in ("budget", "router")
+        for index in (0, 1, 11)
+        for step in (0, 1, 11, 111)
+        for micro_step in (0, 1, 11)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds), "what torch.Generator takes"
+
+
+def test_draws_are_the_same_in_another_process() -> None:
+    """No hidden state, and no hash that changes from process to process."""
+    expected = [draw_seed(3, "router", 1, step, 2) for step in range(5)]
+    budgets = [draw_budget({"a": 0.5, "b": 0.5}, seed) for seed in expected]
+    code = (
+        "import random; random.random()\n"
+        "from elastic.routing.curriculum import draw_budget, draw_seed\n"
+        "seeds = [draw_seed(3, 'router', 1, step, 2) for step in reversed(range(5))][::-1]\n"
+        "print(seeds, [draw_budget({'a': 0.5, 'b': 0.5}, seed) for seed in seeds])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"{expected} {budgets}"
+
+
+def test_draws_leave_the_global_generator_alone() -> None:
+    import random
+
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    draw_budget({"a": 0.5, "b": 0.5}, draw_seed(0, "budget", 0, 0, 0))
+    assert random.random() == expected
 
 
 # Learning rate

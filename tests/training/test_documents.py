@@ -38,11 +38,10 @@ from elastic.config import ObjectiveConfig, OptimConfig, ParentShape, StageConfi
 from elastic.parent import HybridParent, Member
 from elastic.parent.ssd import Conv1d
 from elastic.routing.curriculum import plan
-from elastic.routing.draws import PARENT
 from elastic.routing.masks import hard_keep
 from elastic.teacher import OnlineTeacher
 from elastic.training.callbacks import BudgetValidation
-from elastic.training.module import ElasticModule
+from elastic.training.module import PARENT, ElasticModule
 from elastic.training.run import Run
 
 RUNS = ("whole", "sliced", "masked")
@@ -189,7 +188,9 @@ def module_of(mode: str, start: int | None) -> ElasticModule:
         teacher = OnlineTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
         family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
     objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
-    return ElasticModule(parent, family, teacher, optimizer, stage, objective, optim, 0, 1, start)
+    return ElasticModule(
+        parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start
+    )
 
 
 def loss_by_documents(parent: HybridParent) -> Tensor:

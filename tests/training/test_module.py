@@ -27,8 +27,7 @@ from elastic.config import (
 from elastic.losses import Head, distillation_dense
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.routing.curriculum import Stage, plan
-from elastic.routing.draws import draw_seed
+from elastic.routing.curriculum import draw_budget, draw_seed, plan
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
@@ -39,25 +38,14 @@ SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 FULL = parameters(SHAPE, Architecture.full(SHAPE))
 TARGETS = {"a": FULL, "b": round(0.85 * FULL), "c": round(0.7 * FULL), "d": round(0.5 * FULL)}
 SHARES = {"a": 0.4, "b": 0.3, "c": 0.1, "d": 0.2}
-SEED, LENGTH, SEQUENCES = 3, 6, 4
-"""Sequences of a step, each a draw; a pass takes two at most."""
-
-DRAWN: dict[str, list[tuple[range, dict[str, float], int]]] = {
-    "one": [(range(2), {"a": 1.0}, 0), (range(2, 3), {"b": 1.0}, 2), (range(3, 4), {"d": 1.0}, 3)],
-    "all": [(range(4), SHARES, 0)],
-    "sandwich": [
-        (range(3), dict.fromkeys("abd", 1 / 3), 0),
-        (range(3, 4), dict.fromkeys("acd", 1 / 3), 3),
-    ],
-}
-"""Of the first step: sequences, the share of every budget in their gradient, the draw whose noise
-they have."""
+SEED, LENGTH, SEQUENCES, MICRO_BATCHES = 3, 6, 2, 2
 
 
-def text(rank: int = 0) -> Tensor:
-    """The sequences of one optimizer step, (b, t + 1)."""
+def batches(rank: int = 0) -> list[Tensor]:
+    """The micro-batches of one optimizer step, (b, t + 1) each."""
     generator = torch.Generator().manual_seed(rank)
-    return torch.randint(SHAPE.vocab_size, (SEQUENCES, LENGTH + 1), generator=generator)
+    size = (MICRO_BATCHES, SEQUENCES, LENGTH + 1)
+    return list(torch.randint(SHAPE.vocab_size, size, generator=generator))
 
 
 def module_of(frozen: bool, teacher: str, passes: str) -> ElasticModule:
@@ -73,17 +61,17 @@ def module_of(frozen: bool, teacher: str, passes: str) -> ElasticModule:
     family = Family(space, (), TARGETS, router, config, space_config, settings)
     if frozen:
         family.freeze_if_due(1.0)
-    batch_tokens = SEQUENCES * LENGTH
+    batch_tokens = MICRO_BATCHES * SEQUENCES * LENGTH
     stage = StageConfig(
         tokens=3 * batch_tokens, sequence_length=LENGTH, batch_tokens=batch_tokens,
-        model_lr=1e-3, budgets_per_batch=passes, budget_probabilities=SHARES, draws=SEQUENCES,
+        model_lr=1e-3, budgets_per_batch=passes, budget_probabilities=SHARES,
     )  # fmt: skip
-    trainer = TrainerConfig(micro_batch_tokens=2 * LENGTH)
+    trainer = TrainerConfig(micro_batch_tokens=SEQUENCES * LENGTH)
     (planned,) = plan({"only": stage}, trainer, list(TARGETS))
     other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true", None)
     return ElasticModule(
         random_parent(SHAPE), family, other if teacher == "replicated" else None,
-        RouterOptimizer(router, OptimConfig()), planned, settings, OptimConfig(), SEED,
+        RouterOptimizer(router, OptimConfig()), planned, SHARES, settings, OptimConfig(), SEED,
     )  # fmt: skip
 
 
@@ -95,15 +83,15 @@ def weights_of(module: ElasticModule) -> dict[str, Tensor]:
 
 
 class Text(IterableDataset[Tensor]):
-    """The sequences of a step as its passes read them, over and over."""
+    """Every micro-batch once for each pass, over and over."""
 
-    def __init__(self, rows: Tensor, stage: Stage) -> None:
-        self.rows, self.stage = rows, stage
+    def __init__(self, rows: list[Tensor], passes: int) -> None:
+        self.rows, self.passes = rows, passes
 
     def __iter__(self) -> Iterator[Tensor]:
-        for micro_step in itertools.count():
-            places = self.stage.rows(micro_step, rank=0, world_size=1)
-            yield self.rows[[place % SEQUENCES for place in places]]
+        while True:
+            for row in self.rows:
+                yield from [row] * self.passes
 
 
 class Record(Callback):
@@ -131,7 +119,9 @@ class Record(Callback):
             }
 
 
-def train(module: ElasticModule, rows: Tensor, steps: int = 1, *callbacks: Callback) -> Record:
+def train(
+    module: ElasticModule, rows: list[Tensor], steps: int = 1, *callbacks: Callback
+) -> Record:
     """Some optimizer steps by Lightning."""
     record = Record()
     trainer = L.Trainer(
@@ -146,32 +136,42 @@ def train(module: ElasticModule, rows: Tensor, steps: int = 1, *callbacks: Callb
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, DataLoader(Text(rows, module.stage), batch_size=None))
+    trainer.fit(module, DataLoader(Text(rows, module.stage.passes), batch_size=None))
     return record
 
 
-def by_hand(module: ElasticModule, rows: Tensor, passes: str) -> dict[str, Tensor]:
+def shares_of(passes: str, micro_batch: int) -> dict[str, float]:
+    """Share of every budget in the gradient of a micro-batch, largest budget first."""
+    seed = draw_seed(SEED, "budget", 0, 0, micro_batch)
+    if passes == "one":
+        return {draw_budget(SHARES, seed): 1.0}
+    if passes == "all":
+        return SHARES
+    middle = draw_budget({"b": 0.3, "c": 0.1}, seed)
+    return dict.fromkeys(("a", middle, "d"), 1 / 3)
+
+
+def by_hand(module: ElasticModule, rows: list[Tensor], passes: str) -> dict[str, Tensor]:
     """Gradient of the weighted sum of separate passes, on whole logits."""
-    objective, family = module.objective, module.family
+    objective, family, position = module.objective, module.family, 0
     assert family is not None
     total = torch.zeros(())
-    for places, shares, drawn in DRAWN[passes]:
-        here = rows[places.start : places.stop]
-        tokens, targets = here[:, :-1], here[:, 1:].flatten()
+    for micro_batch, row in enumerate(rows):
+        tokens, text = row[:, :-1], row[:, 1:].flatten()
         teacher = None
         if isinstance(module.teacher, OnlineTeacher):
             teacher = module.teacher.model.logits(tokens).flatten(0, 1)
-        for budget, share in shares.items():
-            draw = family.draw(budget, 0.0, draw_seed(SEED, "router", 0, 0, drawn, 0))
+        for budget, share in shares_of(passes, micro_batch).items():
+            draw = family.draw(budget, 0.0, draw_seed(SEED, "router", 0, 0, position))
             logits = module.parent.logits(tokens, draw.member).flatten(0, 1)
-            loss = objective.cross_entropy_weight * F.cross_entropy(logits, targets)
+            loss = objective.cross_entropy_weight * F.cross_entropy(logits, text)
             if teacher is not None:
                 distance = distillation_dense(logits, teacher.detach(), "forward_kl", 1.0)
                 loss = loss + objective.distillation_weight * distance
             else:
                 teacher = logits
-            paid = loss + draw.terms.get("total", 0.0)
-            total = total + share * len(places) / SEQUENCES * paid
+            total = total + share / MICRO_BATCHES * (loss + draw.terms.get("total", 0.0))
+            position += 1
     weights = {n: w for n, w in weights_of(module).items() if w.requires_grad}
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {
@@ -194,7 +194,7 @@ MODES = [
 def test_a_step_has_the_gradient_of_separate_passes(
     passes: str, teacher: str, frozen: bool
 ) -> None:
-    module, rows = module_of(frozen, teacher, passes), text()
+    module, rows = module_of(frozen, teacher, passes), batches()
     expected = by_hand(module, rows, passes)
     found = train(module, rows).gradients
     assert expected.keys() <= found.keys()
@@ -209,10 +209,9 @@ def test_the_frozen_parent_sees_every_micro_batch_once(passes: str) -> None:
     module, calls = module_of(True, "replicated", passes), []
     assert isinstance(module.teacher, OnlineTeacher)
     module.teacher.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    record = train(module, text(), steps=3)
-    read = module.stage.accumulation // module.stage.passes.turns
-    assert calls == [False] * (3 * read)
-    assert len(record.outputs) == len(calls) * module.stage.passes.turns
+    record = train(module, batches(), steps=3)
+    assert calls == [False] * (3 * MICRO_BATCHES)
+    assert len(record.outputs) == len(calls) * module.stage.passes
 
 
 @pytest.mark.parametrize(("passes", "teacher"), MODES)
@@ -220,15 +219,15 @@ def test_what_the_teacher_said_is_kept_without_its_graph_until_the_last_pass(
     passes: str, teacher: str
 ) -> None:
     module = module_of(False, teacher, passes)
-    for pass_, head in enumerate(train(module, text(), steps=2).kept):
-        last = pass_ % module.stage.passes.turns == module.stage.passes.turns - 1
+    for pass_, head in enumerate(train(module, batches(), steps=2).kept):
+        last = pass_ % module.stage.passes == module.stage.passes - 1
         assert (head is None) == last
         assert head is None or not any(part.requires_grad for part in head)
 
 
 def test_the_full_budget_learns_from_the_text_where_it_teaches() -> None:
     """Its own terms name no distillation; those of all others do."""
-    for each in train(module_of(False, "in_place", "sandwich"), text()).outputs:
+    for each in train(module_of(False, "in_place", "sandwich"), batches()).outputs:
         assert "cross_entropy" in each["terms"]
         assert ("distillation" in each["terms"]) == (each["budget"] != "a")
 
@@ -237,7 +236,7 @@ def test_the_full_budget_learns_from_the_text_where_it_teaches() -> None:
 def test_ranks_agree_on_budgets_weights_and_sizes(passes: str) -> None:
     """Law 8, over three steps of different text; and the largest budget comes first."""
     one, two = (
-        train(module_of(False, "replicated", passes), text(rank), steps=3).outputs
+        train(module_of(False, "replicated", passes), batches(rank), steps=3).outputs
         for rank in (0, 1)
     )
     assert len(one) == len(two)
@@ -276,7 +275,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_have_changed_nothing(
 
     monkeypatch.setattr(elastic.training.module, "token_terms", spoil)
     with pytest.raises(TrainingDiverged, match=r"step 8 was number 3 in a row .*max_bad_steps"):
-        train(module, text(), steps=20)
+        train(module, batches(), steps=20)
     assert (module.bad_steps, module.skipped_steps) == (3, 5)
     seen.append(weights_of(module))
     for step, (before, after) in enumerate(itertools.pairwise(seen)):
@@ -297,11 +296,11 @@ def test_a_stage_in_which_nothing_could_be_trained_is_not_a_stage(
         return found | {"total": found["total"] * math.nan} if module.step in bad else found
 
     monkeypatch.setattr(elastic.training.module, "token_terms", spoil)
-    train(module, text(), steps=3)
+    train(module, batches(), steps=3)
     bad.add(2)
     module = module_of(False, "replicated", "one")
     with pytest.raises(TrainingDiverged, match="not finite in any of its 3 steps, and nothing was"):
-        train(module, text(), steps=3)
+        train(module, batches(), steps=3)
 
 
 @pytest.mark.parametrize("lost", ["weight", "teacher"])
@@ -318,14 +317,14 @@ def test_a_validation_that_is_not_finite_stops_the_run(lost: str) -> None:
             if module.step == 2:
                 parent.backbone.layers[1].mixer.down_proj.weight.data[1, 2] = math.nan
 
-    held_out: Any = DataLoader([text()], batch_size=None)  # type: ignore[list-item]
+    text: Any = DataLoader(batches(), batch_size=None)  # type: ignore[arg-type]
     where = {
         "weight": r"loss of a, .*tensor backbone\.layers\.1\.mixer\.down_proj\.weight holds NaN",
         "teacher": r"loss of parent, KL of a, .*no weight of this process is",
     }
     line = rf"^curriculum\.stages\.only: step 2: validation {where[lost]}"
     with pytest.raises(TrainingDiverged, match=line) as caught:
-        train(module, text(), 3, Spoil(), BudgetValidation(held_out, every=1))
+        train(module, batches(), 3, Spoil(), BudgetValidation(text, every=1))
     assert max(rows) == 2 and "\n" not in str(caught.value)
 
 
@@ -352,7 +351,7 @@ def test_no_step_reads_what_it_computes(passes: str, teacher: str, frozen: bool)
     counts = []
     for steps in (1, 2):
         with Reads() as reads:
-            record = train(module_of(frozen, teacher, passes), text(), steps)
+            record = train(module_of(frozen, teacher, passes), batches(), steps)
         counts.append(reads.count)
     soft = sum(out["budget"] != "a" for out in record.outputs[len(record.outputs) // 2 :])
     assert counts[1] - counts[0] == (1 if frozen else 1 + (soft > 0) + soft)

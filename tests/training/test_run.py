@@ -218,7 +218,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 
 @pytest.mark.parametrize(
     "stops",
-    [[4], [10 + 5], [10 + 20, 3], [10 + 24 + 5], [10, 1]],
+    [[4], [10 + 5], [10 + 11, 3], [10 + 16 + 5], [10, 1]],
     ids=["pretrain", "soft", "sliced-then-again", "long", "stage-change"],
 )
 def test_resuming_equals_never_stopping(
@@ -227,8 +227,7 @@ def test_resuming_equals_never_stopping(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit, wherever the run was stopped, in every phase. Two passes make a step, three in
-    the stage of three budgets."""
+    """Bit for bit, wherever the run was stopped, in every phase; micro-steps are two per step."""
     run_dir = tmp_path / "run"
     stop_at(stops, run_dir, monkeypatch)
     launch(brief(run_dir))
@@ -274,10 +273,10 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_text_counts_once_however_many_budgets_share_it(shared: Shared) -> None:
-    assert [module.stage.passes.turns for module, _ in shared.ends] == [1, 3, 3]
+    assert [module.stage.passes for module, _ in shared.ends] == [1, 3, 3]
     for module, counted in shared.ends:
         assert counted == module.stage.tokens
-        assert module.micro_step == module.stage.accumulation * module.stage.steps
+        assert module.micro_step == 2 * module.stage.passes * module.stage.steps
 
 
 def test_no_frozen_parent_is_kept_where_the_full_budget_teaches(shared: Shared) -> None:

@@ -188,7 +188,7 @@ def text_of(config: RunConfig, stage: Stage, data: PreparedData) -> TextDataModu
         data.train,
         data.validation,
         sequence_length=stage.config.sequence_length,
-        rows=lambda row: range(row, row + 1),
+        batch_sequences=1,
         validation_sequences=config.data.validation_sequences,
         validation_batch=1,
         seed=config.seed,

@@ -20,7 +20,7 @@ def log_row(trainer: L.Trainer, module: ElasticModule, metrics: dict[str, float]
 
 def new_tokens(trainer: L.Trainer, module: ElasticModule, batch: Tensor) -> int:
     """Tokens of text, over all processes, that the last pass has finished with."""
-    finished = module.micro_step % module.stage.passes.turns == 0
+    finished = module.micro_step % module.stage.passes == 0
     return batch[:, 1:].numel() * trainer.world_size if finished else 0
 
 

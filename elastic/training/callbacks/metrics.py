@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from elastic.routing.draws import PARENT
 from elastic.training.callbacks.common import log_row, loss_of, new_tokens
-from elastic.training.module import ElasticModule
+from elastic.training.module import PARENT, ElasticModule
 
 Sums = dict[str, tuple[float, float]]
 """Weighted sum and weight by name."""

@@ -17,12 +17,11 @@ from elastic.config import ObjectiveConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import Member
 from elastic.routing.decide import Candidates
-from elastic.routing.draws import PARENT
 from elastic.routing.table import sizes
 from elastic.storage.reading import all_finite
 from elastic.teacher import CachedTeacher, Teacher
 from elastic.training.callbacks.common import log_row
-from elastic.training.module import ElasticModule, TrainingDiverged
+from elastic.training.module import PARENT, ElasticModule, TrainingDiverged
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.strategies import random_parent
-from helpers.streams import every
 from helpers.teacher_caches import Case
 from torch import Tensor
 
@@ -44,8 +43,8 @@ def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Tensor]]
     count = case.stages[stage].tokens // (32 if stage == "short" else 64)
     ranks = [
         SequenceStream(
-            stream.sequences, rows=every(SEQUENCES, rank, world_size), seed=stream.seed,
-            stage_name=stream.stage_name,
+            stream.sequences, batch_sequences=SEQUENCES, seed=stream.seed,
+            stage_name=stream.stage_name, rank=rank, world_size=world_size,
         )
         for rank in range(world_size)
     ]  # fmt: skip
