@@ -44,10 +44,10 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
         "num_nodes",
     ),
     (10**4, "hidden_units devices"),
-    (64, "conv_kernel"),
+    (64, "conv_kernel candidates"),
     (
         WEIGHT,
-        "distillation_weight cross_entropy_weight budget_weight identity_weight temperature "
+        "distillation_weight cross_entropy_weight budget_weight budget_rate temperature "
         "temperature_start temperature_end scale_start scale_end full_bias model_lr router_lr "
         "weight_decay tolerance freeze_at hard_probability final_lr_ratio budget_probabilities "
         "beta1 beta2 utilisation share shares scale",

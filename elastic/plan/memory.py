@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from elastic.config import ObjectiveConfig, ParentShape, RunConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
+from elastic.members.targets import targets_of
 from elastic.plan.blocks import Block, Execution, blocks_of
+from elastic.routing.family import smaller_budgets
 
 BUCKET = 200_000_000
 """`elastic.cluster.strategies.BUCKET`, in elements: ZeRO's buckets."""
@@ -168,10 +170,11 @@ def _teacher(config: RunConfig, shape: ParentShape, blocks: object) -> float:
 
 
 def _router_weights(config: RunConfig, space: Space) -> int:
-    """Weights of all routers: two layers per elastic axis."""
-    hidden, budgets = config.router.hidden_units, len(config.budgets)
+    """Weights of all routers: two layers per budget that has a choice, and per elastic axis."""
+    hidden = config.router.hidden_units
+    budgets = len(smaller_budgets(space.shape, targets_of(config.budgets, space.shape)))
     outputs = sum(space.decisions(axis) * len(space.choices[axis]) for axis in space.elastic_axes)
-    return len(space.elastic_axes) * (budgets + 1) * hidden + outputs * (hidden + 1)
+    return budgets * (len(space.elastic_axes) * 2 * hidden + outputs * (hidden + 1))
 
 
 def pass_memory(

@@ -200,7 +200,7 @@ class ElasticModule(L.LightningModule):
         """Position of a budget among those with norm weights of their own."""
         return None if self.family is None else self.family.own.get(budget)
 
-    def head(self, batch: Tensor, member: Member, own: int | None) -> Head:
+    def head(self, batch: Tensor, member: Member, own: int | None = None) -> Head:
         """Hidden states (tokens, d) of a member, and the LM head that reads them."""
         tokens = batch[:, :-1]
         documents = documents_in(tokens, self.document_start)

@@ -284,10 +284,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_json("config.json", lambda e: e | {"model_type": "llama"}),
         "model_type=llama must be nemotron_h",
     ),
-    "config is a list": (edit_json("config.json", lambda e: [e]), "not a Hugging Face config"),
+    "config is a list": (
+        edit_json("config.json", lambda e: [e]),
+        "must be a JSON object, not list",
+    ),
     "config with a word for a size": (
         edit_json("config.json", lambda e: e | {"hidden_size": "wide"}),
-        "config.json: a size is not a number",
+        "config.json: hidden_size='wide': must be a whole number",
     ),
     "missing shard": (lambda d: first_shard(d).unlink(), "shard is missing"),
     "truncated shard": (truncate, "shard is truncated or damaged"),

@@ -198,7 +198,7 @@ def test_tensors_that_do_not_fit_config_json_are_refused(
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, r"config\.json: not found")
     (tmp_path / "config.json").write_text("{ not json")
-    refused(tmp_path, r"config\.json: not valid JSON")
+    refused(tmp_path, r"config\.json: damaged, not valid JSON")
     (tmp_path / "config.json").write_text(json.dumps(stock_config(tiny_shape())))
     refused(tmp_path, r"no model weights")
 

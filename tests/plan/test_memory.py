@@ -19,9 +19,11 @@ from elastic.bench.subjects import TrainingStep, autocast
 from elastic.cluster import strategies
 from elastic.config import OptimConfig, ParentShape, RunConfig, SpaceConfig
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
+from elastic.members.targets import targets_of
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
 from elastic.plan.memory import Run, pass_memory, static_memory
+from elastic.routing.family import smaller_budgets
 from elastic.routing.masks import hard_keep
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
@@ -142,7 +144,8 @@ def test_the_router_is_exact() -> None:
     space = Space.build(
         dataclasses.replace(config.space, heterogeneous=["ffn"]), config.parent.shape
     )
-    router = Router(space, len(config.budgets), config.router, torch.Generator())
+    learned = smaller_budgets(space.shape, targets_of(config.budgets, space.shape))
+    router = Router(space, len(learned), config.router, torch.Generator())
     weights = list(router.parameters())
     for weight in weights:
         weight.grad = torch.zeros_like(weight)

@@ -221,7 +221,7 @@ def test_validation_measures_what_training_learns() -> None:
         strategy=SimpleNamespace(model=module),
         precision_plugin=SimpleNamespace(val_step_context=nullcontext),
     )
-    losses, _ = BudgetValidation([WINDOW], 1)._measure(trainer, module, {PARENT: None})
+    losses, _ = BudgetValidation([WINDOW], 1)._measure(trainer, module, {PARENT: (PARENT, None)})
     assert losses[PARENT] == pytest.approx(loss_by_documents(module.parent).item(), rel=1e-5)
 
 
