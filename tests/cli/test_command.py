@@ -116,4 +116,4 @@ def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -
         assert result.returncode == 0, result.stderr
     one, two = (load_file(tmp_path / n / "elastic" / "model.safetensors") for n in ("one", "two"))
     for name, weight in one.items():
-        assert (weight - two[name]).abs().max() < 1e-5, name
+        assert (weight - two[name]).abs().max() < 5e-5, name
