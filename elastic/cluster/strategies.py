@@ -182,7 +182,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Zero what the engine keeps of gradients.
 
         A weight that no pass of a step uses has no gradient; ZeRO-3, and any stage with the
-        optimizer in host memory, would take the one of an earlier step for it.
+        optimizer in host memory, would take the one of an earlier step for it. And one that the
+        first pass leaves out, as the full member does with the norms of others, would have the
+        gradient of the step before added to its own.
         """
         optimizer: Any = self.optimizers[0]
         if self.stage == 3:
@@ -190,6 +192,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             masters = optimizer.fp32_partitioned_groups_flat
         else:
             masters = optimizer.single_partition_of_fp32_groups
+            for summed in getattr(optimizer, "accumulated_grads_in_cpu", {}).values():
+                summed.zero_()
         for master in masters:
             if master.grad is not None:
                 master.grad.zero_()
