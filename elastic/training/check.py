@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from elastic.cluster.place import Place, find_device
 from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
-from elastic.config.checks import require
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
 from elastic.parent.sealed import parent_seals
@@ -43,12 +42,6 @@ def check(config: RunConfig, place: Place) -> Setup:
         refuse_inside("run_dir", Path(config.run_dir), source)
     sizes = _sizes(config, shape)
     config.importance.rotates(shape.tied_head)  # refuses what this parent cannot do
-    require(  # gradients of norms that a step's last pass leaves out are wrong there
-        not (config.trainer.offload_optimizer and config.norms.own),
-        "trainer.offload_optimizer",
-        True,
-        "false with norms.own=true; or set norms.own=false",
-    )
     check_objective(config.objective, shape.vocab_size)
     device = find_device(config.trainer)
     check_zero(config.trainer, device)

@@ -120,11 +120,11 @@ CHECKPOINTING = "parent.activation_checkpointing=true"
 STRATEGIES = {
     "ddp": [],
     "zero1": [],
-    "zero2": [],
+    "zero2": ["trainer.offload_optimizer=true"],
     "zero3": [CHECKPOINTING],
 }
 MORE = {
-    "zero2": ["trainer.offload_optimizer=true"],
+    "zero2": [],
     "zero3": [CHECKPOINTING, "trainer.offload_optimizer=true"],
 }
 
