@@ -120,7 +120,7 @@ class TrainingStep:
         """One optimizer step."""
         module, batch, teacher = self.module, self.batch, None
         with autocast(self.device, self.precision):
-            student = module.head(batch, member, None)
+            student = module.head(batch, member)
             if self.teacher is not None:
                 teacher = self.teacher.distributions(batch, "train", 0)
             targets = batch[:, 1:].flatten()

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from elastic.bench.subjects import balanced_members, drop_order, key
 from elastic.config import BudgetConfig, ParentShape, SpaceConfig
-from elastic.extract.own_norms import norm_cuts
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.cut import size_of, tensor_shapes
+from elastic.members.cut import kept_shape, norm_cuts, tensor_shapes
 from elastic.members.search import Choice
 from elastic.members.targets import targets_of
 from elastic.parent.stock import stock_config
@@ -114,8 +113,7 @@ def _own_norms(shape: ParentShape, members: Mapping[str, Member]) -> dict[str, T
     sizes, whole = tensor_shapes(shape), Architecture.full(shape)
     return {
         f"{name}/{cut.source}": torch.ones(
-            [size_of(r, n) for r, n in zip(cut.cut, sizes[cut.source], strict=True)],
-            dtype=dtype_of(cut.source),
+            kept_shape(cut.cut, sizes[cut.source]), dtype=dtype_of(cut.source)
         )
         for name, member in members.items()
         if member.architecture != whole

@@ -14,8 +14,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.utils import logging
 
 from elastic.extract.layerwise.sizes import layerwise_config
-from elastic.extract.own_norms import Widened
-from elastic.extract.slice import OpenMember
+from elastic.extract.slice import OpenMember, Widened
 from elastic.members.architecture import Architecture
 from elastic.parent.stock import read_config
 from elastic.storage.reading import StoredTensor, assembled, converted

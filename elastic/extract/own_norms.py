@@ -4,25 +4,16 @@ Keys are `<budget>/<the norm's stored name in the parent>`; values are in the me
 the scale of its width folded in, and replace the prefix of the parent's norm.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.config import ParentShape
-from elastic.members.architecture import Architecture
-from elastic.members.cut import Ranges, TensorCut, member_cuts, size_of, tensor_shapes
+from elastic.members.cut import kept_shape, norm_cuts, tensor_shapes
 from elastic.storage.manifest import MEMBERS, Manifest
 from elastic.storage.reading import all_finite
 from elastic.storage.seals import check_beside
-
-
-def norm_cuts(shape: ParentShape, architecture: Architecture) -> list[TensorCut]:
-    """The norms of a member, in stored order."""
-    return [cut for cut in member_cuts(shape, architecture) if "norm" in cut.source]
 
 
 def read_own_norms(
@@ -51,7 +42,7 @@ def read_own_norms(
         return {}
     full = tensor_shapes(shape)
     wanted = {
-        cut.source: tuple(size_of(r, n) for r, n in zip(cut.cut, full[cut.source], strict=True))
+        cut.source: kept_shape(cut.cut, full[cut.source])
         for cut in norm_cuts(shape, manifest.member(budget).architecture)
     }
     for name in sorted(wanted.keys() | found.keys()):
@@ -64,30 +55,3 @@ def read_own_norms(
         if not all_finite(found[name]):
             raise ValueError(f"{path}: {budget}/{name} is not finite")
     return found
-
-
-@dataclass(frozen=True)
-class Widened:
-    """A member's own norm at the parent's size, zeros in what the member drops; it stands in for a
-    stored tensor of the parent."""
-
-    value: Tensor
-    ranges: Ranges | None
-    size: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the values."""
-        return self.value.dtype
-
-    def blocks(self) -> Iterator[Tensor]:
-        """All of it."""
-        if self.ranges is None:
-            yield self.value
-            return
-        out = self.value.new_zeros(self.size)
-        at = 0
-        for start, stop in self.ranges:
-            out[start:stop] = self.value[at : at + stop - start]
-            at += stop - start
-        yield out

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from elastic.config import ParentShape
 from elastic.extract.layerwise.sizes import layerwise_config
-from elastic.extract.own_norms import Widened, norm_cuts, read_own_norms
+from elastic.extract.own_norms import read_own_norms
 from elastic.members import cost
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
-from elastic.members.cut import Cut, Ranges, member_cuts, size_of, tensor_shapes
+from elastic.members.cut import Cut, Ranges, kept_shape, member_cuts, norm_cuts, tensor_shapes
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.ahead import ahead
 from elastic.storage.manifest import NAME, Manifest, Member
@@ -165,6 +165,25 @@ def renumbered(architecture: Architecture) -> Architecture:
 
 
 @dataclass(frozen=True)
+class Widened:
+    """A member's own norm at the parent's size, zeros in what the member drops; it stands in for a
+    stored tensor of the parent."""
+
+    value: Tensor
+    cut: Cut
+    size: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.value.dtype
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All of it."""
+        return padded([self.value], self.cut, self.size)
+
+
+@dataclass(frozen=True)
 class OpenMember:
     """A member of an elastic checkpoint, checked and ready to be read."""
 
@@ -208,10 +227,11 @@ class OpenMember:
     def masked(self) -> Mapping[str, StoredTensor | Widened]:
         """The parent's tensors by their stored names, with which it computes this member under hard
         masks: those that are stored, but for norms of the member's own."""
-        cuts = {cut.source: cut.cut[0] for cut in norm_cuts(self.parent, self.member.architecture)}
+        cuts = norm_cuts(self.parent, self.member.architecture)
         widened = {
-            name: Widened(value, cuts[name], self.store[name].shape[0])
-            for name, value in self.own.items()
+            cut.source: Widened(self.own[cut.source], cut.cut, self.store[cut.source].shape)
+            for cut in cuts
+            if cut.source in self.own
         }
         return {**self.store, **widened}
 
@@ -226,7 +246,7 @@ class OpenMember:
             stored = self.store[cut.source]
             size = sizes[cut.target]
             if self.export != "padded":
-                size = tuple(size_of(r, n) for r, n in zip(cut.cut, stored.shape, strict=True))
+                size = kept_shape(cut.cut, stored.shape)
             if cut.source in self.own:
                 own = self.own[cut.source]  # a norm is never padded
                 dtype = converted(cut.target, own.dtype, self.dtype)
@@ -239,7 +259,7 @@ class OpenMember:
     def _blocks(
         self, stored: StoredTensor, cut: Cut, place: Cut, size: tuple[int, ...]
     ) -> Iterator[Tensor]:
-        kept = tuple(size_of(ranges, n) for ranges, n in zip(place, size, strict=True))
+        kept = kept_shape(place, size)
         blocks = stored.blocks(cut, BLOCK_BYTES, True)
         if math.prod(kept) * stored.dtype.itemsize > BLOCK_BYTES:
             blocks = ahead(blocks)  # what is written of it meanwhile does not wait

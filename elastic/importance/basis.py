@@ -127,12 +127,13 @@ def check_rotation(rotation: Tensor) -> None:
 def energies(covariances: Mapping[str, Tensor], rotation: Tensor | None) -> dict[str, Tensor]:
     """Share of each channel in a norm's input energy, in the rotated basis: name -> (d,) float32.
 
-    The mean over tokens of x_j^2 / sum(x^2); without a rotation in the coordinates as found.
+    The mean over tokens of x_j^2 / sum(x^2); without a rotation in the coordinates as found, for
+    which diagonals (d,) are enough.
     """
     found = {}
     for norm, covariance in covariances.items():
         if rotation is None:
-            energy = covariance.diagonal()
+            energy = covariance if covariance.ndim == 1 else covariance.diagonal()
         else:
             turn = rotation.to(covariance.device)
             energy = ((covariance @ turn) * turn).sum(0)
@@ -162,10 +163,11 @@ def energy_shares(
 
 
 class StreamStatistic:
-    """Covariance of a norm's normalised inputs, (d, d) float64, summed over all tokens."""
+    """Covariance of a norm's normalised inputs, (d, d) float64, summed over all tokens; without
+    `covariance` its diagonal alone, (d,)."""
 
-    def __init__(self, norm: nn.Module) -> None:
-        self.eps = float(norm.eps)  # type: ignore[arg-type]
+    def __init__(self, norm: nn.Module, covariance: bool) -> None:
+        self.eps, self.covariance = float(norm.eps), covariance  # type: ignore[arg-type]
         self.total: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
@@ -174,7 +176,7 @@ class StreamStatistic:
         flat = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
         if not flat.is_cuda:
             flat = flat.double()
-        product = (flat.T @ flat).double()
+        product = (flat.T @ flat if self.covariance else flat.square().sum(0)).double()
         self.total = product if self.total is None else self.total.add_(product)
 
     @property

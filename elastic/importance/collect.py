@@ -60,7 +60,8 @@ class Statistics:
     """`hidden` (d,) over the outputs of all norms, and per layer `layer.<index>`: (f,) for an MLP,
     (h, p) for Mamba's x projection, (q, head_dim) for the input of attention's output matrix."""
     covariances: dict[str, Tensor]
-    """Norm of the stream by its stored name -> (d, d) float64, of its normalised inputs."""
+    """Norm of the stream by its stored name -> (d, d) float64, of its normalised inputs; (d,), the
+    diagonal, where the stream is only sorted."""
     gated: dict[str, Tensor]
     """Gated norm by its stored name -> (units,), shares of energy within each group."""
 
@@ -72,9 +73,11 @@ def _observing(
     """Hooks that add to the statistics while the block runs."""
     shape = parent.shape
     statistics = {"hidden": _Statistic(config.aggregation)}
+    rotates = config.rotates(shape.tied_head)
     norms: list[Any] = [*(block.norm for block in parent.backbone.layers), parent.backbone.norm_f]
     streams = {
-        name: StreamStatistic(norm) for name, norm in zip(stream_norms(shape), norms, strict=True)
+        name: StreamStatistic(norm, rotates)
+        for name, norm in zip(stream_norms(shape), norms, strict=True)
     }
     gated: dict[str, GatedStatistic] = {}
     hooks = []

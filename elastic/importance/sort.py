@@ -97,10 +97,11 @@ def changes(shape: ParentShape, orders: Orders) -> dict[str, Change]:
         table |= {f"{prefix}.mixer.{name}": entry for name, entry in layer.items()}
     if orders.rotation is None:
         return {name: Change(*sides) for name, sides in table.items()}
-    folded = {name: norm for norm in stream_norms(shape) for name in readers(shape, norm)}
+    norms = set(stream_norms(shape))
+    folded = {name: norm for norm in norms for name in readers(shape, norm)}
     found = {}
     for name, (rows, columns) in table.items():
-        if name in stream_norms(shape):
+        if name in norms:
             found[name] = Change(turned="ones")
         elif rows is stream:
             found[name] = Change(None, columns, "rows")

@@ -55,6 +55,11 @@ def size_of(ranges: Ranges | None, size: int) -> int:
     return size if ranges is None else sum(stop - start for start, stop in ranges)
 
 
+def kept_shape(cut: Cut, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what is kept of a tensor."""
+    return tuple(size_of(ranges, size) for ranges, size in zip(cut, shape, strict=True))
+
+
 def _merge(ranges: list[tuple[int, int]]) -> Ranges:
     """Join ranges that touch."""
     merged: list[tuple[int, int]] = []
@@ -133,6 +138,11 @@ def member_cuts(shape: ParentShape, architecture: Architecture) -> list[TensorCu
     cuts.append(TensorCut("backbone.norm_f.weight", "backbone.norm_f.weight", (hidden,)))
     cuts.append(TensorCut("lm_head.weight", "lm_head.weight", (None, hidden)))
     return cuts
+
+
+def norm_cuts(shape: ParentShape, architecture: Architecture) -> list[TensorCut]:
+    """The norms among `member_cuts`."""
+    return [cut for cut in member_cuts(shape, architecture) if "norm" in cut.source]
 
 
 def tensor_shapes(shape: ParentShape) -> dict[str, tuple[int, ...]]:

@@ -121,27 +121,23 @@ class Search:
         if solution is None:
             name, outer = next(iter(failed.items()))
             raise self._unreachable(name, targets[name], outer, nested)
-        choices = {}
-        for name, selection in zip(names, solution[1], strict=True):
-            architecture = self.space.architecture(selection, self.drop_order)
-            params = parameters(self.space.shape, architecture)
-            choices[name] = Choice(selection, architecture, params)
-        return choices
+        members = map(self.choice, solution[1])
+        return dict(zip(names, members, strict=True))
 
     def members(self, target: int, log_probabilities: LogProbabilities, count: int) -> list[Choice]:
         """The most probable members that meet a target, at most `count`; nested or not."""
         found: dict[Architecture, Choice] = {}
         for _, selection in self._candidates(target, log_probabilities, self._whole(), FILLINGS):
-            architecture = self.space.architecture(selection, self.drop_order)
-            params = parameters(self.space.shape, architecture)
-            found.setdefault(architecture, Choice(selection, architecture, params))
+            choice = self.choice(selection)
+            found.setdefault(choice.architecture, choice)
             if len(found) == count:
                 break
         return list(found.values())
 
-    def log_probability(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
-        """Of a member, under independent choices."""
-        return self._score(log_probabilities, selection)
+    def choice(self, selection: Selection) -> Choice:
+        """The member of a selection."""
+        architecture = self.space.architecture(selection, self.drop_order)
+        return Choice(selection, architecture, parameters(self.space.shape, architecture))
 
     def _whole(self) -> Selection:
         return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
@@ -152,7 +148,7 @@ class Search:
         """Members within tolerance of the target and within `outer`, most probable first."""
         if target == self.full:
             if outer == self._whole():
-                yield self._score(log_probabilities, outer), outer
+                yield self.log_probability(log_probabilities, outer), outer
             return
         heap: list[tuple[float, int, bool, Selection]] = []
         tickets = itertools.count()  # ties keep their order
@@ -161,7 +157,7 @@ class Search:
             once: Selection = {
                 axis: (index,) for axis, index in zip(self._once, indices, strict=True)
             }
-            bound = self._score(log_probabilities, once)
+            bound = self.log_probability(log_probabilities, once)
             for axis in self._layered:  # the best that the layers could add
                 for layer, floor in enumerate(outer[axis]):
                     bound += float(_log(log_probabilities, self.space, axis)[layer, floor:].max())
@@ -173,10 +169,11 @@ class Search:
                 continue
             found = self._fill_layers(target, log_probabilities, selection, outer)
             for filled in itertools.islice(found, fillings):
-                total = self._score(log_probabilities, filled)
+                total = self.log_probability(log_probabilities, filled)
                 heapq.heappush(heap, (-total, next(tickets), True, filled))
 
-    def _score(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
+    def log_probability(self, log_probabilities: LogProbabilities, selection: Selection) -> float:
+        """Of a selection, or of a part of it, under independent choices."""
         return sum(
             float(_log(log_probabilities, self.space, axis)[position, index])
             for axis, indices in selection.items()

@@ -290,4 +290,11 @@ def ranking_memory(config: RunConfig, shape: ParentShape) -> float:
     blocks = blocks_of(shape, Architecture.full(shape), execution).values()
     tokens = settings.batch_size * settings.sequence_length
     worst = max(block.saved_bytes + block.forward_bytes for block in blocks)
-    return 4.0 * held_parameters(shape) + tokens * worst
+    return 4.0 * held_parameters(shape) + tokens * worst + covariance_memory(config, shape)
+
+
+def covariance_memory(config: RunConfig, shape: ParentShape) -> float:
+    """Bytes of what ranking keeps of every norm of the stream, in float64: its covariance, or its
+    diagonal where the stream is only sorted."""
+    norms, width = len(shape.pattern) + 1, shape.hidden_size
+    return 8.0 * norms * width * (width if config.importance.rotates(shape.tied_head) else 1)

@@ -21,6 +21,21 @@ Compare = Callable[[Candidates], Mapping[str, Sequence[float]]]
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A member that was compared."""
+
+    architecture: Architecture
+    kl: float
+    """To the teacher, in nats per token."""
+    tokens: int
+    """Trained as itself before: 0 while candidates are compared as they are cut."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in elastic.json."""
+        return {"architecture": self.architecture.to_json(), "kl": self.kl, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
 class Decision:
     """How the member of a budget was chosen."""
 
@@ -29,8 +44,8 @@ class Decision:
     router_params: int
     log_probability: float
     """Of the frozen member under the router."""
-    candidates: list[dict[str, Any]]
-    """`architecture`, `kl` in nats per token and `tokens` trained as themselves before."""
+    candidates: list[Candidate]
+    """Empty where nothing was compared."""
 
     def to_json(self) -> dict[str, Any]:
         """The `decision` entry of elastic.json."""
@@ -38,7 +53,7 @@ class Decision:
             "router_choice": self.router_choice.to_json(),
             "router_params": self.router_params,
             "log_probability": self.log_probability,
-            "candidates": self.candidates,
+            "candidates": [candidate.to_json() for candidate in self.candidates],
         }
 
     @classmethod
@@ -48,7 +63,10 @@ class Decision:
             Architecture.from_json(value["router_choice"]),
             value["router_params"],
             value["log_probability"],
-            value["candidates"],
+            [
+                Candidate(Architecture.from_json(x["architecture"]), x["kl"], x["tokens"])
+                for x in value["candidates"]
+            ],
         )
 
 

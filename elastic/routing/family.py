@@ -14,7 +14,7 @@ from elastic.members.architecture import Architecture, Selection, Space
 from elastic.members.cost import parameters
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.parent import Member
-from elastic.routing.decide import Compare, Decision, least_loss
+from elastic.routing.decide import Candidate, Compare, Decision, least_loss
 from elastic.routing.masks import soft_keep
 from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
 from elastic.routing.table import account, describe
@@ -63,9 +63,10 @@ class Family:
         self.router, self.config, self.objective = router, config, objective
         self.nested = space_config.nested
         self.search = Search(space, drop_order, space_config.tolerance)
-        smaller = [name for name, size in self.targets.items() if size != self.search.full]
-        self.own = {name: position for position, name in enumerate(smaller)}
-        """Budgets with norm weights of their own, by position; the whole parent has none."""
+        smaller = smaller_budgets(space.shape, self.targets)
+        self.smaller = {name: position for position, name in enumerate(smaller)}
+        """Budgets that have a choice, and norm weights of their own, by their position among these:
+        in the router, and in those weights."""
         self.frozen: dict[str, Choice] | None = None
         self.decisions: dict[str, Decision] = {}
         """How the frozen members were chosen, by budget; the whole parent is not."""
@@ -80,11 +81,6 @@ class Family:
         self._some_family = self.search.family(self.targets, flat, self.nested)
 
     @property
-    def learned(self) -> list[str]:
-        """Budgets that have a choice, in the order of the router."""
-        return smaller_budgets(self.space.shape, self.targets)
-
-    @property
     def names(self) -> list[str]:
         """Budgets, largest first."""
         return list(self.targets)
@@ -94,11 +90,11 @@ class Family:
         tokens."""
         if self.frozen is not None:
             return Draw(self.member(self.frozen[budget]), {}, {})
-        if self.targets[budget] == self.search.full:
+        if budget not in self.smaller:
             return Draw(None, {}, {})  # nothing to choose, and no mask teaches it anything else
         now = schedule(self.config, progress / self.config.freeze_at)
         generator = torch.Generator().manual_seed(seed)
-        index = self.learned.index(budget)
+        index = self.smaller[budget]
         logits = self.router(index, now.scale)
         multiplier = self.router.multipliers[index].clone()  # it is stepped in place
         # Masks and counts of parameters are products too: bfloat16 would be off by half a per cent.
@@ -136,7 +132,7 @@ class Family:
     def _log_probabilities(self, progress: float) -> dict[str, LogProbabilities]:
         scale = schedule(self.config, progress / self.config.freeze_at).scale
         found: dict[str, LogProbabilities] = {name: {} for name in self.names}
-        for index, name in enumerate(self.learned):
+        for name, index in self.smaller.items():
             found[name] = self.router.log_probabilities(index, scale)
         return found
 
@@ -178,33 +174,28 @@ class Family:
         probable = self.choices(progress)
         log_probabilities = self._log_probabilities(progress)
         candidates: dict[str, list[Choice]] = {name: [probable[name]] for name in self.names}
-        for name in self.learned:
+        for name in self.smaller:
             more = self.search.members(
                 self.targets[name], log_probabilities[name], self.config.candidates
             )
             new = [c for c in more if c.architecture != probable[name].architecture]
             candidates[name] += new[: self.config.candidates - 1]
-        if compare is None or all(len(choices) == 1 for choices in candidates.values()):
-            losses = {name: [math.nan] * len(choices) for name, choices in candidates.items()}
-            picked = dict.fromkeys(candidates, 0)
-        else:
+        losses: dict[str, list[float]] = {}
+        picked = dict.fromkeys(candidates, 0)
+        if compare is not None and any(len(choices) > 1 for choices in candidates.values()):
             losses = {name: list(values) for name, values in compare(candidates).items()}
             picked = least_loss(candidates, losses, self.nested)
-        for name in self.learned:
+        for name in self.smaller:
             chosen = candidates[name][picked[name]]
             own = self._router_choice(log_probabilities[name])
-            found = [
-                {"architecture": choice.architecture.to_json(), "kl": kl, "tokens": 0}
-                for choice, kl in zip(candidates[name], losses[name], strict=True)
-                if not math.isnan(kl)
-            ]
+            measured = zip(candidates[name], losses.get(name, ()), strict=False)
             self.decisions[name] = Decision(
                 own.architecture,
                 own.params,
                 self.search.log_probability(log_probabilities[name], chosen.selection),
-                found,
+                [Candidate(choice.architecture, kl, 0) for choice, kl in measured],
             )
-            log.info("%s", account(name, self.targets[name], self.decisions[name], chosen, found))
+            log.info("%s", account(name, self.targets[name], self.decisions[name], chosen))
         return {name: candidates[name][picked[name]] for name in self.names}
 
     def _router_choice(self, log_probabilities: LogProbabilities) -> Choice:
@@ -215,7 +206,7 @@ class Family:
                 selection[axis] = tuple(int(pick) for pick in log_probabilities[axis].argmax(-1))
             else:
                 selection[axis] = (0,) * self.space.decisions(axis)
-        return self.choice(selection)
+        return self.search.choice(selection)
 
     def freeze(self, choices: dict[str, Choice], progress: float) -> None:
         """Fix the choices for good; the router learns no more."""
@@ -226,11 +217,10 @@ class Family:
     def _has_settled(self, progress: float) -> bool:
         if self.config.settled_steps == 0:
             return False
-        scale = schedule(self.config, progress / self.config.freeze_at).scale
         picks: list[tuple[str, int]] = []
         sure = True
-        for index in range(len(self.learned)):
-            for axis, values in self.router.log_probabilities(index, scale).items():
+        for log_probabilities in self._log_probabilities(progress).values():
+            for axis, values in log_probabilities.items():
                 picks.extend((axis, int(pick)) for pick in values.argmax(-1))
                 sure = sure and bool((values.max(-1) > math.log(SETTLED)).all())
         self._settled = self._settled + 1 if sure and picks == self._last_picks else 0
@@ -262,15 +252,10 @@ class Family:
         self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
         if state["frozen"] is not None:
             self.frozen = {
-                name: self.choice({axis: tuple(picks) for axis, picks in selection.items()})
+                name: self.search.choice({axis: tuple(picks) for axis, picks in selection.items()})
                 for name, selection in state["frozen"].items()
             }
             self.router.requires_grad_(False)
-
-    def choice(self, selection: Selection) -> Choice:
-        """The member of a selection."""
-        architecture = self.space.architecture(selection, self.drop_order)
-        return Choice(selection, architecture, parameters(self.space.shape, architecture))
 
 
 def _detached(value: Tensor | float) -> Tensor | float:

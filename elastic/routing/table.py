@@ -1,7 +1,7 @@
 """A family as a table, and the sizes of its members as figures. No torch."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from elastic.config import ParentShape
 from elastic.console import short, table
@@ -64,9 +64,7 @@ def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[st
     return "\n".join([*table(header, rows), *_drops(shape, choices)])
 
 
-def account(
-    budget: str, target: int, decision: Decision, chosen: Choice, candidates: Sequence[Mapping]
-) -> str:
+def account(budget: str, target: int, decision: Decision, chosen: Choice) -> str:
     """How the member of a budget was decided, in lines: the router's own choice, the loss of every
     candidate, and where the two part."""
     own = decision.router_choice
@@ -74,10 +72,9 @@ def account(
         f"{budget}: the router's own choice is {_brief(own)}, {decision.router_params:,} "
         f"parameters ({decision.router_params / target - 1:+.1%} off its target)"
     ]
-    for entry in sorted(candidates, key=lambda entry: float(entry["kl"])):
-        architecture = Architecture.from_json(entry["architecture"])
-        mark = "  <- frozen" if architecture == chosen.architecture else ""
-        lines.append(f"    KL {entry['kl']:.4f}  {_brief(architecture)}{mark}")
+    for candidate in sorted(decision.candidates, key=lambda candidate: candidate.kl):
+        mark = "  <- frozen" if candidate.architecture == chosen.architecture else ""
+        lines.append(f"    KL {candidate.kl:.4f}  {_brief(candidate.architecture)}{mark}")
     if own != chosen.architecture:
         lines.append(
             f"    frozen is another: ln p = {decision.log_probability:.1f} under the router"

@@ -197,8 +197,8 @@ class ElasticModule(L.LightningModule):
         return terms, (x.detach(), weight.detach())
 
     def own(self, budget: str) -> int | None:
-        """Position of a budget among those with norm weights of their own."""
-        return None if self.family is None else self.family.own.get(budget)
+        """Position of a budget whose own norm weights count; None for the whole parent."""
+        return None if self.family is None else self.family.smaller.get(budget)
 
     def head(self, batch: Tensor, member: Member, own: int | None = None) -> Head:
         """Hidden states (tokens, d) of a member, and the LM head that reads them."""

@@ -75,7 +75,7 @@ def train_stages(
         else:
             parent = start()
         if family is not None and energies is not None:
-            parent.add_own_norms(len(family.own), energies)
+            parent.add_own_norms(len(family.smaller), energies)
         if saved is not None:
             saved.pieces.load_weights(parent)
         probabilities = budget_probabilities(stage.config, list(setup.targets))

@@ -16,7 +16,7 @@ from elastic.cluster.place import wait_for_all
 from elastic.config import ParentShape
 from elastic.importance import Ranking
 from elastic.importance.basis import gated_norms
-from elastic.members.cut import member_cuts, tensor_shapes
+from elastic.members.cut import norm_cuts, tensor_shapes
 from elastic.members.search import Choice
 from elastic.parent.layers import narrow
 from elastic.parent.norms import own_name, width_scale
@@ -112,14 +112,11 @@ def _own_norms(
         return {}
     shape, sizes, gated = setup.shape, tensor_shapes(setup.shape), gated_norms(setup.shape)
     found = {}
-    for budget, position in family.own.items():
-        for cut in member_cuts(shape, choices[budget].architecture):
+    for budget, position in family.smaller.items():
+        for cut in norm_cuts(shape, choices[budget].architecture):
             name = cut.source
-            if name not in ranking.energies:
-                continue
             size, groups = sizes[name][0], shape.n_groups if name in gated else 1
-            stored = own_name(name)
-            weight = pieces.read("weight", stored, position * size, size)
+            weight = pieces.read("weight", own_name(name), position * size, size)
             scale = width_scale(ranking.energies[name], groups, cut.cut, None)
             value = narrow(weight.float(), cut.cut) * scale
             found[f"{budget}/{name}"] = value.to(dtypes.get(name, weight.dtype))

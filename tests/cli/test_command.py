@@ -107,7 +107,8 @@ SHARED = [
 def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -> None:
     """Same batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
     text = ["data.source=files", f"data.path='{Path(json.__file__).parent}/*.py'"]
-    common = ["debug=one_step", *text, "data.validation_every=3", *several]
+    # A full member that is its teacher has no gradient but rounding: no step is made of that.
+    common = ["debug=one_step", *text, "data.validation_every=3", "optim.eps=1e-4", *several]
     for name, extra in {
         "one": [],
         "two": ["trainer.strategy=ddp", "trainer.devices=2"],
@@ -116,4 +117,4 @@ def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -
         assert result.returncode == 0, result.stderr
     one, two = (load_file(tmp_path / n / "elastic" / "model.safetensors") for n in ("one", "two"))
     for name, weight in one.items():
-        assert (weight - two[name]).abs().max() < 5e-5, name
+        assert (weight - two[name]).abs().max() < 1e-5, name

@@ -13,9 +13,8 @@ from torch import Tensor
 import elastic
 from elastic.config import ParentShape
 from elastic.extract.export import extract
-from elastic.extract.own_norms import norm_cuts
 from elastic.members.architecture import Architecture
-from elastic.members.cut import size_of, tensor_shapes
+from elastic.members.cut import kept_shape, norm_cuts, tensor_shapes
 from elastic.storage.manifest import MEMBERS
 
 Checkpoint = Any
@@ -28,10 +27,7 @@ def drawn(shape: ParentShape, budget: str, member: Architecture) -> dict[str, Te
     generator, sizes = torch.Generator().manual_seed(len(budget)), tensor_shapes(shape)
     return {
         f"{budget}/{cut.source}": 0.5
-        + torch.rand(
-            [size_of(r, n) for r, n in zip(cut.cut, sizes[cut.source], strict=True)],
-            generator=generator,
-        )
+        + torch.rand(kept_shape(cut.cut, sizes[cut.source]), generator=generator)
         for cut in norm_cuts(shape, member)
     }
 

@@ -50,17 +50,13 @@ def differences(run_dir: Path, whole: Path, exact: bool) -> list[str]:
         both = sorted(mine.keys() & other.keys())
         found += [f"{name} differs" for name in both if mine[name] != other[name]]
     found += [f"{name} is left over" for name in mine if "/." in f"/{name}"]
-    families = [_family(each, "git_revision", "config") for each in (run_dir, whole)]
-    if not exact:  # losses of candidates are of the weights at the freeze
-        for budget in (each for family in families for each in family["budgets"].values()):
-            for candidate in budget.get("decision", {}).get("candidates", []):
-                candidate["kl"] = round(candidate["kl"], 3)
-            if "decision" in budget:
-                budget["decision"]["log_probability"] = round(
-                    budget["decision"]["log_probability"], 1
-                )
-    if str(families[0]) != str(families[1]):
+    family, wanted_family = (_family(each, "git_revision", "config") for each in (run_dir, whole))
+    decided = _decided(family), _decided(wanted_family)
+    if str(family) != str(wanted_family) or len(decided[0]) != len(decided[1]):
         found.append("elastic/elastic.json: another family")
+    apart = max((abs(a - b) for a, b in zip(*decided, strict=False)), default=0.0)
+    if apart > (0 if exact else LOSSES):
+        found.append(f"elastic/elastic.json: figures of decisions are {apart:.1e} apart")
     apart = weights_apart(run_dir, whole)
     if apart > (0 if exact else WEIGHTS):
         found.append(f"elastic: weights are up to {apart:.1e} apart")
@@ -84,10 +80,21 @@ def _family(run_dir: Path, *without: str) -> dict:
     return value
 
 
+def _decided(family: dict) -> list[float]:
+    """Takes the figures out of the decisions of a family: what the router and its candidates had
+    when it froze, as functions of weights."""
+    figures = []
+    for budget in family["budgets"].values():
+        decision = budget.get("decision", {"candidates": []})
+        figures += [decision.pop("log_probability", 0.0)]
+        figures += [candidate.pop("kl") for candidate in decision["candidates"]]
+    return figures
+
+
 def weights_apart(run_dir: Path, whole: Path) -> float:
-    """Largest difference between the weights and routers of two elastic checkpoints."""
+    """Largest difference between the weights, own norms and routers of two elastic checkpoints."""
     largest = 0.0
-    for name in ("model.safetensors", "router.safetensors"):
+    for name in ("model.safetensors", "members.safetensors", "router.safetensors"):
         one, two = (load_file(each / "elastic" / name) for each in (run_dir, whole))
         assert one.keys() == two.keys()
         largest = max(largest, *(float((one[n] - two[n]).abs().max()) for n in one))

@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Callback
 
 from elastic.cli.command import CONF
 from elastic.config import RunConfig, parse
@@ -93,3 +94,15 @@ def small_settings(run_dir: Path, *overrides: str, steps: tuple[int, int, int]) 
         *stage("long", long, length=256, lr=1e-3),
         *overrides,
     )
+
+
+class Stop(Callback):
+    """Stop a run after so many forward passes, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt

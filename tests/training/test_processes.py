@@ -65,7 +65,8 @@ class Result:
 
 def result(run_dir: Path) -> Result:
     elastic = run_dir / "elastic"
-    weights = load_file(elastic / "model.safetensors") | load_file(elastic / "router.safetensors")
+    files = ("model.safetensors", "members.safetensors", "router.safetensors")
+    weights = {key: value for name in files for key, value in load_file(elastic / name).items()}
     with (run_dir / "metrics.csv").open(newline="") as file:
         losses = [
             (int(row["step"]), name, float(value))

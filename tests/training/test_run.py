@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.runs import CONF, settings, small_settings, stage
+from helpers.runs import (
+    CONF,
+    Stop,
+    settings,
+    small_settings,
+    stage,
+)
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import elastic.training.run
@@ -163,21 +168,9 @@ def test_evaluation_names_the_smallest_and_lets_it_speak(family: dict, golden: P
     assert json.loads((golden / "family.json").read_text()) == family
 
 
-class Stop(Callback):
-    """Stop a run after so many forward passes, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    weights = load_file(run_dir / "elastic" / "model.safetensors")
-    return weights | load_file(run_dir / "elastic" / "router.safetensors")
+    files = ("model.safetensors", "members.safetensors", "router.safetensors")
+    return {k: v for name in files for k, v in load_file(run_dir / "elastic" / name).items()}
 
 
 def brief(run_dir: Path, *overrides: str) -> RunConfig:

@@ -10,8 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import CALIBRATION, SMALL_SPACE, STDLIB, settings, small_settings, stage
-from lightning.pytorch.callbacks import Callback
+from helpers.runs import (
+    CALIBRATION,
+    SMALL_SPACE,
+    STDLIB,
+    Stop,
+    settings,
+    small_settings,
+    stage,
+)
 from safetensors.torch import load_file
 
 import elastic.training.train
@@ -23,18 +30,6 @@ from elastic.teacher.cache.write import write_cache
 from elastic.training.launch import launch
 
 TEXTS = "texts"
-
-
-class Stop(Callback):
-    """Stop a run after so many forward passes, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def brief(run_dir: Path, *overrides: str) -> RunConfig:

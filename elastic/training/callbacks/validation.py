@@ -97,15 +97,19 @@ class BudgetValidation(Callback):
         self, trainer: L.Trainer, module: ElasticModule, candidates: Candidates
     ) -> dict[str, list[float]]:
         """Mean KL of every candidate to the teacher, in nats per token; that of the first process,
-        on every one."""
+        on every one.
+
+        Raises:
+            TrainingDiverged: one is not finite.
+        """
         assert module.family is not None
         members = {
             f"{name}/{index}": (name, module.family.member(choice))
             for name, choices in candidates.items()
             for index, choice in enumerate(choices)
         }
-        _, found = self._measure(trainer, module, members)
-        divergences = from_first(found)
+        divergences = from_first(self._measure(trainer, module, members)[1])
+        _require_finite(module, {}, divergences)
         return {
             # Without a frozen teacher the full member teaches, and is its own best.
             name: [divergences.get(f"{name}/{index}", 0.0) for index in range(len(choices))]
