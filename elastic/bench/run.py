@@ -29,9 +29,10 @@ from elastic.config import OptimConfig, RunBenchConfig, StageConfig, TrainerConf
 from elastic.data import TextDataModule
 from elastic.members.architecture import Space
 from elastic.members.search import Choice
+from elastic.members.targets import smaller_budgets
 from elastic.parent import HybridParent
 from elastic.routing.curriculum import Stage, plan
-from elastic.routing.family import Family, smaller_budgets
+from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
 from elastic.training.module import ElasticModule

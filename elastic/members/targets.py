@@ -31,6 +31,12 @@ def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[
     return dict(sorted(targets.items(), key=lambda item: -item[1]))
 
 
+def smaller_budgets(shape: ParentShape, targets: Mapping[str, int]) -> list[str]:
+    """Budgets that have a choice; the whole parent has none."""
+    full = parameters(shape, Architecture.full(shape))
+    return [name for name, target in targets.items() if target < full]
+
+
 def check_reachable(
     space: Space,
     targets: Mapping[str, int],

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from elastic.config import ObjectiveConfig, ParentShape, RunConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.targets import targets_of
+from elastic.members.targets import smaller_budgets, targets_of
 from elastic.plan.blocks import Block, Execution, blocks_of
-from elastic.routing.family import smaller_budgets
 
 BUCKET = 200_000_000
 """`elastic.cluster.strategies.BUCKET`, in elements: ZeRO's buckets."""

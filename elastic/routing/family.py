@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.config import ObjectiveConfig, ParentShape, RouterConfig, SpaceConfig
+from elastic.config import ObjectiveConfig, RouterConfig, SpaceConfig
 from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Architecture, Selection, Space
-from elastic.members.cost import parameters
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
+from elastic.members.targets import smaller_budgets
 from elastic.parent import Member
 from elastic.routing.decide import Candidate, Compare, Decision, least_loss
 from elastic.routing.masks import soft_keep
@@ -23,12 +23,6 @@ log = logging.getLogger(__name__)
 
 SETTLED = 0.9
 """Least probability of every choice that counts as settled."""
-
-
-def smaller_budgets(shape: ParentShape, targets: Mapping[str, int]) -> list[str]:
-    """Budgets that have a choice; the whole parent has none."""
-    full = parameters(shape, Architecture.full(shape))
-    return [name for name, target in targets.items() if target < full]
 
 
 @dataclass(frozen=True)

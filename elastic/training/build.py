@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from elastic.importance import Ranking
+from elastic.members.targets import smaller_budgets
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
-from elastic.routing.family import Family, smaller_budgets
+from elastic.routing.family import Family
 from elastic.routing.router import Router
 from elastic.teacher import Teacher, build_teacher, cache_contents
 from elastic.training.setup import Setup

@@ -20,11 +20,10 @@ from elastic.cluster import strategies
 from elastic.config import OptimConfig, ParentShape, RunConfig, SpaceConfig
 from elastic.importance.collect import collect
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
-from elastic.members.targets import targets_of
+from elastic.members.targets import smaller_budgets, targets_of
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
 from elastic.plan.memory import Run, covariance_memory, pass_memory, static_memory
-from elastic.routing.family import smaller_budgets
 from elastic.routing.masks import hard_keep
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
