@@ -86,6 +86,21 @@ class RunConfig:
                 f"a multiple of {unit} = 1 sequence x {processes} processes; the nearest is "
                 f"{max(1, round(stage.batch_tokens / unit)) * unit}",
             )
+            each = stage.batch_tokens // unit
+            require(
+                each % stage.draws == 0,
+                f"{where}.draws",
+                stage.draws,
+                f"a divisor of {each}, the sequences that each of {processes} process(es) has in a "
+                "step",
+            )
+        groups, processes = self.router.noise_groups, self.trainer.world_size
+        require(
+            processes % groups == 0,
+            "router.noise_groups",
+            groups,
+            f"a divisor of the number of processes, {processes}",
+        )
         require(
             self.trainer.strategy != "zero3" or self.parent.activation_checkpointing,
             "parent.activation_checkpointing",

@@ -323,6 +323,8 @@ class RouterConfig:
     optimizer steps; 0 never does."""
     hard_probability: float = 0.004
     """Share of the draws that are hard (straight-through) instead of soft."""
+    noise_groups: int = 1
+    """Groups of processes that draw noise of their own: more of it in a step, at no cost."""
 
     def __post_init__(self) -> None:
         require(self.hidden_units > 0, "router.hidden_units", self.hidden_units, "positive")
@@ -336,6 +338,7 @@ class RouterConfig:
         require(self.scale_end > 0, "router.scale_end", self.scale_end, "positive")
         require(0 < self.freeze_at <= 1, "router.freeze_at", self.freeze_at, "in (0, 1]")
         require(1 <= self.candidates <= 64, "router.candidates", self.candidates, "in [1, 64]")
+        require(self.noise_groups > 0, "router.noise_groups", self.noise_groups, "positive")
         require(self.settled_steps >= 0, "router.settled_steps", self.settled_steps, "at least 0")
         require(
             0 <= self.hard_probability <= 1,

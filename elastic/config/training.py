@@ -96,9 +96,12 @@ class StageConfig:
     """Tokens per optimizer step, over all processes."""
     budget_probabilities: dict[str, float] | None = None
     """How often each budget is drawn; null draws all alike."""
+    draws: int = 1
+    """Equal slices of a step's batch, each of which draws for itself, by strata: with 3 draws of 3
+    budgets that are as probable, every step trains each of them."""
     budgets_per_batch: str = "one"
-    """What a micro-batch trains: `one` budget drawn by its probability; `all` of them, their losses
-    weighted by it; or `sandwich`, the largest, the smallest and one drawn from those between, alike
+    """What a draw trains: `one` budget by its probability; `all` of them, their losses weighted by
+    it; or `sandwich`, the largest, the smallest and one drawn from those between, alike
     (arXiv 1903.05134)."""
     model_lr: float
     """Peak learning rate of the weights."""
@@ -113,7 +116,7 @@ class StageConfig:
     def check(self, where: str) -> None:
         """Raise `ConfigError` for a value that cannot work; `where` is the stage's key."""
         one_of(f"{where}.mode", self.mode, ("pretrain", "elastic"))
-        for name in ("tokens", "sequence_length", "batch_tokens", "model_lr", "router_lr"):
+        for name in ("tokens", "sequence_length", "batch_tokens", "draws", "model_lr", "router_lr"):
             require(getattr(self, name) > 0, f"{where}.{name}", getattr(self, name), "positive")
         require(self.warmup_steps >= 0, f"{where}.warmup_steps", self.warmup_steps, "at least 0")
         ratio = self.final_lr_ratio
@@ -124,6 +127,19 @@ class StageConfig:
             f"{where}.batch_tokens",
             self.batch_tokens,
             f"a multiple of sequence_length={self.sequence_length}; the nearest is {nearest}",
+        )
+        sequences = self.batch_tokens // self.sequence_length
+        require(
+            sequences % self.draws == 0,
+            f"{where}.draws",
+            self.draws,
+            f"a divisor of the {sequences} sequences of a step",
+        )
+        require(
+            self.mode == "elastic" or self.draws == 1,
+            f"{where}.draws",
+            self.draws,
+            "1: a pretrain stage has no budgets",
         )
         passes = self.budgets_per_batch
         one_of(f"{where}.budgets_per_batch", passes, ("one", "all", "sandwich"))
@@ -271,7 +287,7 @@ class TrainerConfig:
     of the weights."""
     micro_batch_tokens: int | None = None
     """At most so many tokens per forward pass and process; null is the whole batch. Passes are made
-    equal. Budgets are drawn for each of these micro-batches."""
+    equal."""
     validate_every: int = 200
     """Optimizer steps between validations of every budget."""
     checkpoint_every: int = 200

@@ -1,6 +1,8 @@
 """Stages as pure functions: tokens seen -> where we are, which budget, which learning rate. No
 torch."""
 
+import bisect
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -8,6 +10,9 @@ from dataclasses import dataclass
 
 from elastic.config import StageConfig, TrainerConfig
 from elastic.config.checks import require
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, without their whole parts, fill the line from 0 to 1 most evenly."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Stage:
     """Forward passes per process and optimizer step: micro-batches times `passes`."""
     passes: int
     """Forward passes over each micro-batch, one for each budget that it trains."""
+    micro_batches: int
+    """Of each draw, per process."""
     batch_sequences: int
     """Sequences per forward pass and process."""
     tokens_before: int
@@ -53,6 +60,9 @@ class Pass:
     """Of its loss, in the mean over all passes of an optimizer step; they sum to their number."""
 
 
+Passes = Sequence[Sequence[Pass]]
+
+
 def plan(
     stages: Mapping[str, StageConfig], trainer: TrainerConfig, budgets: Sequence[str]
 ) -> list[Stage]:
@@ -66,7 +76,7 @@ def plan(
     planned: list[Stage] = []
     for index, (name, stage) in enumerate(stages.items()):
         warm.setdefault(stage.mode, stage.warmup_steps * stage.batch_tokens / totals[stage.mode])
-        sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size)
+        sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size * stage.draws)
         micro = _micro_sequences(stage, trainer, sequences)
         passes = _pass_count(stage, budgets)
         planned.append(
@@ -75,8 +85,9 @@ def plan(
                 index=index,
                 config=stage,
                 steps=steps[name],
-                accumulation=passes * (sequences // micro),
+                accumulation=passes * stage.draws * (sequences // micro),
                 passes=passes,
+                micro_batches=sequences // micro,
                 batch_sequences=micro,
                 tokens_before=seen[stage.mode],
                 tokens_of_mode=totals[stage.mode],
@@ -96,7 +107,7 @@ def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str
 
 
 def _micro_sequences(stage: StageConfig, trainer: TrainerConfig, sequences: int) -> int:
-    """Sequences per forward pass: as many as are allowed and divide those of the process."""
+    """Sequences per forward pass: as many as are allowed and divide those of a draw."""
     if trainer.micro_batch_tokens is None:
         return sequences
     most = min(sequences, trainer.micro_batch_tokens // stage.sequence_length)
@@ -143,34 +154,53 @@ def check_budgets(
         )
 
 
-def draw_seed(seed: int, purpose: str, stage: int, step: int, micro_step: int) -> int:
-    """Seed of one draw: the same on every rank, and after a resume."""
-    text = f"{seed}/{purpose}/{stage}/{step}/{micro_step}"
+def draw_seed(seed: int, purpose: str, *where: int) -> int:
+    """Seed of one draw: the same on every process, and after a resume. `where` tells the draws of a
+    purpose apart."""
+    text = "/".join(map(str, (seed, purpose, *where)))
     return random.Random(text).getrandbits(63)
 
 
-def draw_budget(probabilities: Mapping[str, float], seed: int) -> str:
-    """One budget, a function of the seed alone."""
+def draw_budgets(
+    probabilities: Mapping[str, float], draws: int, seed: int, stage: int, step: int
+) -> list[str]:
+    """The budgets of the draws of an optimizer step: a function of its arguments.
+
+    They are stratified, by systematic sampling: equally spaced points on the line of cumulative
+    probabilities, so that each budget comes as often as its probability says, rounded up or down.
+    From step to step the points move on by the golden section, so that what was rounded evens out.
+    The order is random.
+    """
     names = list(probabilities)
-    return random.Random(seed).choices(names, [probabilities[name] for name in names])[0]
+    start = random.Random(draw_seed(seed, "budget", stage)).random()
+    offset = (start + step * GOLDEN) % 1.0
+    ends = list(itertools.accumulate(probabilities.values()))
+    picks = [
+        names[min(bisect.bisect_right(ends, ends[-1] * (k + offset) / draws), len(names) - 1)]
+        for k in range(draws)
+    ]
+    random.Random(draw_seed(seed, "budget", stage, step)).shuffle(picks)
+    return picks
 
 
-def draw_passes(
-    budgets_per_batch: str, probabilities: Mapping[str, float], seed: int
-) -> list[Pass]:
-    """The passes over one micro-batch, largest budget first; a function of its arguments.
+def step_passes(stage: Stage, probabilities: Mapping[str, float], seed: int, step: int) -> Passes:
+    """The passes over the micro-batches of every draw of an optimizer step, largest budget first;
+    (draws, passes).
 
     `probabilities` are those of every budget, largest first. `all` has the gradient that `one` has
     on average. `sandwich` (arXiv 1903.05134) always takes both ends.
     """
-    if budgets_per_batch == "one":
-        return [Pass(draw_budget(probabilities, seed), 1.0)]
-    if budgets_per_batch == "all":
+    draws, kind = stage.config.draws, stage.config.budgets_per_batch
+    if kind == "one":
+        drawn = draw_budgets(probabilities, draws, seed, stage.index, step)
+        return [[Pass(name, 1.0)] for name in drawn]
+    if kind == "all":
         taken = {name: share for name, share in probabilities.items() if share > 0}
-        return [Pass(name, share * len(taken)) for name, share in taken.items()]
+        return [[Pass(name, share * len(taken)) for name, share in taken.items()]] * draws
     largest, *between, smallest = probabilities
-    middle = draw_budget({name: probabilities[name] for name in between}, seed)
-    return [Pass(name, 1.0) for name in (largest, middle, smallest)]
+    middles = {name: probabilities[name] for name in between}
+    drawn = draw_budgets(middles, draws, seed, stage.index, step)
+    return [[Pass(name, 1.0) for name in (largest, middle, smallest)] for middle in drawn]
 
 
 def learning_rate_factor(stage: Stage, step: int, held_until: float) -> float:

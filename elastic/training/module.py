@@ -16,7 +16,7 @@ from elastic.config import ObjectiveConfig, OptimConfig
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import HybridParent, Member
 from elastic.parent.hybrid import Block
-from elastic.routing.curriculum import Stage, draw_passes, draw_seed, learning_rate_factor
+from elastic.routing.curriculum import Stage, draw_seed, learning_rate_factor, step_passes
 from elastic.routing.decide import Compare
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
@@ -151,10 +151,12 @@ class ElasticModule(L.LightningModule):
         figures: dict[str, Tensor | float] = {}
         budget, weight, loss = PARENT, 1.0, torch.zeros((), device=self.device)
         if self.family is not None:
-            seed = draw_seed(self.seed, "budget", self.stage.index, step, micro_batch)
-            drawn = draw_passes(self.stage.config.budgets_per_batch, self.probabilities, seed)[turn]
+            number = micro_batch // self.stage.micro_batches
+            drawn = step_passes(self.stage, self.probabilities, self.seed, step)[number][turn]
             budget, weight = drawn.budget, drawn.weight
-            seed = draw_seed(self.seed, "router", self.stage.index, step, position)
+            group = self.global_rank * self.family.config.noise_groups // self.trainer.world_size
+            where = (self.stage.index, step, number, turn, group)
+            seed = draw_seed(self.seed, "router", *where)
             draw = self.family.draw(budget, self.progress, seed)
             member, figures = draw.member, draw.figures
             terms = {name: value for name, value in draw.terms.items() if name != "total"}

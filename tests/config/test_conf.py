@@ -179,6 +179,8 @@ def test_every_line_of_the_published_experiments_has_its_source(name: str, group
 def test_the_medium_experiment_runs_on_up_to_64_gpus(devices: int, nodes: int) -> None:
     """What the examples for GPUs and clusters name; the tiny batch is too small for them."""
     place = [f"trainer.devices={devices}", f"trainer.num_nodes={nodes}"]
+    if devices * nodes > 16:
+        place.append("curriculum.stages.long.draws=1")
     config = settings(Path("unused"), "experiment=medium", *place)
     assert config.trainer.world_size == devices * nodes and config.trainer.accelerator == "gpu"
     check_reachable(

@@ -27,7 +27,7 @@ from elastic.config import (
 from elastic.losses import Head, distillation_dense
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.routing.curriculum import draw_budget, draw_seed, plan
+from elastic.routing.curriculum import draw_seed, plan, step_passes
 from elastic.routing.family import Family
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
@@ -41,14 +41,14 @@ SHARES = {"a": 0.4, "b": 0.3, "c": 0.1, "d": 0.2}
 SEED, LENGTH, SEQUENCES, MICRO_BATCHES = 3, 6, 2, 2
 
 
-def batches(rank: int = 0) -> list[Tensor]:
-    """The micro-batches of one optimizer step, (b, t + 1) each."""
+def batches(rank: int = 0, split: int = 1) -> list[Tensor]:
+    """The micro-batches of one optimizer step, (b, t + 1) each; `split` of them make a draw."""
     generator = torch.Generator().manual_seed(rank)
-    size = (MICRO_BATCHES, SEQUENCES, LENGTH + 1)
+    size = (MICRO_BATCHES * split, SEQUENCES // split, LENGTH + 1)
     return list(torch.randint(SHAPE.vocab_size, size, generator=generator))
 
 
-def module_of(frozen: bool, teacher: str, passes: str) -> ElasticModule:
+def module_of(frozen: bool, teacher: str, passes: str, split: int = 1) -> ElasticModule:
     """A stage of four budgets on a random parent, before or after the freeze."""
     space_config = SpaceConfig(
         hidden=list(range(16, 7, -1)), ffn=[32, 28, 24, 20, 16], mamba_heads=[6, 4, 2],
@@ -65,8 +65,9 @@ def module_of(frozen: bool, teacher: str, passes: str) -> ElasticModule:
     stage = StageConfig(
         tokens=3 * batch_tokens, sequence_length=LENGTH, batch_tokens=batch_tokens,
         model_lr=1e-3, budgets_per_batch=passes, budget_probabilities=SHARES,
+        draws=MICRO_BATCHES,
     )  # fmt: skip
-    trainer = TrainerConfig(micro_batch_tokens=SEQUENCES * LENGTH)
+    trainer = TrainerConfig(micro_batch_tokens=SEQUENCES // split * LENGTH)
     (planned,) = plan({"only": stage}, trainer, list(TARGETS))
     other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true", None)
     return ElasticModule(
@@ -140,20 +141,15 @@ def train(
     return record
 
 
-def shares_of(passes: str, micro_batch: int) -> dict[str, float]:
-    """Share of every budget in the gradient of a micro-batch, largest budget first."""
-    seed = draw_seed(SEED, "budget", 0, 0, micro_batch)
-    if passes == "one":
-        return {draw_budget(SHARES, seed): 1.0}
-    if passes == "all":
-        return SHARES
-    middle = draw_budget({"b": 0.3, "c": 0.1}, seed)
-    return dict.fromkeys(("a", middle, "d"), 1 / 3)
+def shares_of(module: ElasticModule, number: int) -> dict[str, float]:
+    """Share of every budget in the gradient of a draw, largest budget first."""
+    passes = step_passes(module.stage, SHARES, SEED, 0)[number]
+    return {each.budget: each.weight / len(passes) for each in passes}
 
 
-def by_hand(module: ElasticModule, rows: list[Tensor], passes: str) -> dict[str, Tensor]:
+def by_hand(module: ElasticModule, rows: list[Tensor]) -> dict[str, Tensor]:
     """Gradient of the weighted sum of separate passes, on whole logits."""
-    objective, family, position = module.objective, module.family, 0
+    objective, family = module.objective, module.family
     assert family is not None
     total = torch.zeros(())
     for micro_batch, row in enumerate(rows):
@@ -161,8 +157,10 @@ def by_hand(module: ElasticModule, rows: list[Tensor], passes: str) -> dict[str,
         teacher = None
         if isinstance(module.teacher, OnlineTeacher):
             teacher = module.teacher.model.logits(tokens).flatten(0, 1)
-        for budget, share in shares_of(passes, micro_batch).items():
-            draw = family.draw(budget, 0.0, draw_seed(SEED, "router", 0, 0, position))
+        number = micro_batch * MICRO_BATCHES // len(rows)
+        for turn, (budget, share) in enumerate(shares_of(module, number).items()):
+            where = (0, 0, number, turn, 0)
+            draw = family.draw(budget, 0.0, draw_seed(SEED, "router", *where))
             logits = module.parent.logits(tokens, draw.member).flatten(0, 1)
             loss = objective.cross_entropy_weight * F.cross_entropy(logits, text)
             if teacher is not None:
@@ -170,8 +168,7 @@ def by_hand(module: ElasticModule, rows: list[Tensor], passes: str) -> dict[str,
                 loss = loss + objective.distillation_weight * distance
             else:
                 teacher = logits
-            total = total + share / MICRO_BATCHES * (loss + draw.terms.get("total", 0.0))
-            position += 1
+            total = total + share / len(rows) * (loss + draw.terms.get("total", 0.0))
     weights = {n: w for n, w in weights_of(module).items() if w.requires_grad}
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {
@@ -189,13 +186,15 @@ MODES = [
 ]
 
 
+@pytest.mark.parametrize("split", [1, 2], ids=["", "micro-batches"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["soft", "sliced"])
 @pytest.mark.parametrize(("passes", "teacher"), MODES)
 def test_a_step_has_the_gradient_of_separate_passes(
-    passes: str, teacher: str, frozen: bool
+    passes: str, teacher: str, frozen: bool, split: int
 ) -> None:
-    module, rows = module_of(frozen, teacher, passes), batches()
-    expected = by_hand(module, rows, passes)
+    """The micro-batches of a draw have its budget and its noise."""
+    module, rows = module_of(frozen, teacher, passes, split), batches(split=split)
+    expected = by_hand(module, rows)
     found = train(module, rows).gradients
     assert expected.keys() <= found.keys()
     assert any(name.startswith("router") for name in expected) != frozen
