@@ -89,7 +89,8 @@ def measure(config: StepBenchConfig, device: torch.device) -> Result:
         for name in works
     ]
     header = ("step", "ms", "tokens/s", "over full", "FLOPs over full", "peak MiB")
-    targets = {name: target_params(BudgetConfig(params=float(name)), shape) for name in choices}
+    shares = {name: BudgetConfig(params=float(name)) for name in choices}
+    targets = {name: target_params(name, budget, shape) for name, budget in shares.items()}
     return Result(figures, f"{describe(shape, targets, choices)}\n\n{table(header, rows)}")
 
 

@@ -68,7 +68,7 @@ def balanced_members(
         ConfigError: the space does not fit the parent, or reaches no member of such a size.
     """
     budgets = {key(share): BudgetConfig(params=share) for share in shares}
-    space, targets, _ = check_sizes(shape, config, budgets, ImportanceConfig(), {})
+    space, targets, *_ = check_sizes(shape, config, budgets, ImportanceConfig(), {})
     return balanced_family(space, drop_order(space), targets, config.tolerance, config.nested)
 
 

@@ -216,7 +216,7 @@ COMMANDS = {
             config="evaluate",
             schema=EvaluateConfig,
             run=evaluate,
-            summary="Measure every member of a run on its validation text.",
+            summary="Measure every member of a run on the text that nothing was chosen by.",
             text="Members that have been extracted are measured as extracted, others are cut in "
             "memory.",
             settings=("run_dir", "members", "sequences", "sequence_length", "prompts", "output"),

@@ -240,6 +240,12 @@ class ExtractBenchConfig(BenchConfig):
         require(0 < self.scale <= 1, "scale", self.scale, "in (0, 1]")
         for name, budget in self.budgets.items():
             budget.check(f"budgets.{name}")
+            require(
+                budget.architecture is None,
+                f"budgets.{name}.architecture",
+                budget.architecture,
+                "null: scale changes every width",
+            )
         smaller = [name for name, budget in self.budgets.items() if budget.params != 1]
         require(bool(smaller), "budgets", dict(self.budgets), "at least one below the parent")
 

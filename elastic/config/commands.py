@@ -49,6 +49,11 @@ class RunConfig:
     trainer: TrainerConfig
     logger: LoggerConfig
 
+    @property
+    def members_given(self) -> bool:
+        """Whether settings give the members, and no router decides."""
+        return any(budget.architecture is not None for budget in self.budgets.values())
+
     def __post_init__(self) -> None:
         require(bool(self.budgets), "budgets", dict(self.budgets), "at least one budget")
         check_names("budgets", self.budgets, RESERVED)
@@ -239,14 +244,14 @@ class EvaluateConfig:
     """Everything `python -m elastic.evaluate` reads."""
 
     run_dir: str
-    """Run whose elastic checkpoint and validation text are used."""
+    """Run whose elastic checkpoint and report text are used."""
     members: str | None = None
     """Directory with one extracted checkpoint per budget, named after it; what is not there is cut
     in memory."""
     sequences: int = 64
-    """Validation sequences."""
+    """Sequences of that text."""
     sequence_length: int = 512
-    """Tokens per validation sequence."""
+    """Tokens per sequence."""
     batch_size: int = 8
     prompts: list[str] = field(default_factory=list)
     """Beginnings that the smallest member continues."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from elastic.config.checks import ConfigError, one_of, require
 from elastic.config.ranges import check_sizes
@@ -145,18 +146,34 @@ class ParentConfig:
 
 @dataclass(kw_only=True)
 class BudgetConfig:
-    """Target size of one member."""
+    """Target size of one member, or the member itself."""
 
-    params: float
-    """Parameters: a share of the parent's when at most 1, else a count."""
+    params: float | None = None
+    """Parameters: a share of the parent's when at most 1, else a count; null is what `architecture`
+    has."""
+    architecture: Any = None
+    """The member: an `architecture` entry as in elastic.json, or a JSON file that holds one; null
+    leaves it to the router."""
 
     def check(self, where: str) -> None:
         """Raise `ConfigError` for a value that cannot work; `where` is the budget's key."""
         require(
-            self.params > 0,
+            self.params is not None or self.architecture is not None,
+            f"{where}.params",
+            self.params,
+            f"set, or {where}.architecture must be",
+        )
+        require(
+            self.params is None or self.params > 0,
             f"{where}.params",
             self.params,
             "positive: a share of the parent up to 1, or a number of parameters",
+        )
+        require(
+            self.architecture is None or isinstance(self.architecture, str | dict),
+            f"{where}.architecture",
+            self.architecture,
+            "an object with hidden_size and layers, as in elastic.json, or a JSON file with one",
         )
 
 

@@ -213,7 +213,8 @@ class DataConfig:
     """Leave out records of jsonl, parquet and hub data that have no text in it, and say how many;
     false refuses them."""
     validation_every: int = 17
-    """Every n-th document is held out for validation."""
+    """Every n-th document is held out: in turns for validation, by which is chosen, and for the
+    report, on which `elastic evaluate` measures."""
     validation_sequences: int = 32
     """Fixed validation sequences per budget during training."""
     tokenizer: str = "train"

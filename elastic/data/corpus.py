@@ -45,19 +45,23 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents held out, each with the one column `text`."""
+    """Documents of three texts that share none, each with the one column `text`."""
 
     train: Dataset
     validation: Dataset
+    """To choose by: early looks, and the comparison of members."""
+    report: Dataset
+    """For figures that are reported: nothing was chosen by them."""
     fingerprint: str
     """Changes when the source does: see `corpus_fingerprint`."""
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Read the text of `config`; every `validation_every`-th document is held out.
+    """Read the text of `config`; every `validation_every`-th document is held out, for validation
+    and for the report in turns.
 
     Raises ConfigError when the source is missing, unreadable, lacks the text column, or has too
-    few documents to hold one out.
+    few documents to hold out two.
     """
     with _quiet():
         if config.source == "stdlib":
@@ -67,19 +71,21 @@ def load_corpus(config: DataConfig) -> Corpus:
         else:
             documents = _read_hub(config)
     every, count = config.validation_every, len(documents)
-    if count < every:
+    if count < 2 * every:
         raise ConfigError(
-            f"data.validation_every={every}: the corpus has only {count} document(s), so that none "
-            "would be held out for validation; must be at most the number of documents, and at "
-            "least 2 (data.path can name more or smaller files)"
+            f"data.validation_every={every}: the corpus has only {count} document(s), so that not "
+            "one each would be held out for validation and for the report; must be at most half "
+            "the number of documents, and at least 2 (data.path can name more or smaller files)"
         )
     empty = sum(text == "" for rows in documents.iter(batch_size=1024) for text in rows["text"])
     if empty:
         log.warning("%d of %d documents are empty and left out", empty, count)
-    held_out = np.arange(count) % every == every - 1
+    held_out = np.arange(every - 1, count, every)
+    validation, report = held_out[::2], held_out[1::2]
     return Corpus(
-        train=documents.select(np.flatnonzero(~held_out)),
-        validation=documents.select(np.flatnonzero(held_out)),
+        train=documents.select(np.setdiff1d(np.arange(count), held_out)),
+        validation=documents.select(validation),
+        report=documents.select(report),
         fingerprint=corpus_fingerprint(config),
     )
 

@@ -22,8 +22,11 @@ from elastic.storage.seals import SealBroken, Seals, check_beside, damage
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the saved directory; raise it when the same settings no longer give the same tokens."""
+
+TEXTS = ("train", "validation", "report")
+"""Fields of `Corpus` and of `PreparedData`, and names of the files."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     train: Tokens
     validation: Tokens
+    report: Tokens
+    """See `Corpus`."""
     fingerprint: str
     """Of the settings, the text, the tokenizer and the library versions behind the tokens."""
     known: dict[str, Any] = field(default_factory=dict)
@@ -45,10 +50,10 @@ class PreparedData:
     @cached_property
     def digest(self) -> str:
         """Checksum of the tokens."""
-        return digest([sealed_tokens(self.train).digest, sealed_tokens(self.validation).digest])
+        return digest([sealed_tokens(getattr(self, name)).digest for name in TEXTS])
 
     def save(self, cache_dir: Path) -> None:
-        """Write `tokenizer/`, `train.npy`, `validation.npy`, `text.json`, `data.json` and, last,
+        """Write `tokenizer/`, an array of each of `TEXTS`, `text.json`, `data.json` and, last,
         `seals.json`, unless they were found there.
 
         `seals.json` is removed first and written last, so that, whenever this stops, `prepare_data`
@@ -59,8 +64,8 @@ class PreparedData:
         (cache_dir / SEALS).unlink(missing_ok=True)
         with atomic_directory(cache_dir / "tokenizer", replace=True) as directory:
             self.tokenizer.save_pretrained(directory)
-        save_tokens(cache_dir / "train.npy", self.train)
-        save_tokens(cache_dir / "validation.npy", self.validation)
+        for name in TEXTS:
+            save_tokens(cache_dir / f"{name}.npy", getattr(self, name))
         write_json(
             cache_dir / "text.json", None if self.text is None else self.text.to_json(), None
         )
@@ -68,11 +73,10 @@ class PreparedData:
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "known": self.known,
-            "train_tokens": len(self.train),
-            "validation_tokens": len(self.validation),
+            **{f"{name}_tokens": len(getattr(self, name)) for name in TEXTS},
         }
         write_json(cache_dir / "data.json", summary)
-        sealed = {f"{n}.npy": sealed_tokens(getattr(self, n)) for n in ("train", "validation")}
+        sealed = {f"{n}.npy": sealed_tokens(getattr(self, n)) for n in TEXTS}
         Seals.of(cache_dir, sealed).write()
 
 
@@ -114,12 +118,10 @@ def prepare_data(
     if saved is not None and change is None:
         problem = _problem(cache_dir, thorough)
         if problem is None:
+            train, validation, report = (load_tokens(cache_dir / f"{n}.npy") for n in TEXTS)
+            tokenizer = load_tokenizer(cache_dir / "tokenizer")
             return PreparedData(
-                tokenizer=load_tokenizer(cache_dir / "tokenizer"),
-                train=load_tokens(cache_dir / "train.npy"),
-                validation=load_tokens(cache_dir / "validation.npy"),
-                fingerprint=saved.fingerprint,
-                stored=True,
+                tokenizer, train, validation, report, saved.fingerprint, stored=True
             )
         log.warning("%s: the tokens are made from the text again", problem)
     made = _make(config, source, known, text)
@@ -141,15 +143,17 @@ def _make(
     if tokenizer is None:
         texts = (text for batch in text_batches(corpus.train) for text in batch)
         tokenizer = train_tokenizer(texts, config.tokenizer_vocab)
-    train, validation = (tokenize(part, tokenizer) for part in (corpus.train, corpus.validation))
-    for name, tokens in (("train", train), ("validation", validation)):
+    train, validation, report = (tokenize(getattr(corpus, name), tokenizer) for name in TEXTS)
+    for name, tokens in zip(TEXTS, (train, validation, report), strict=True):
         if not len(tokens):
             raise ConfigError(
                 f"data.source={config.source}: every document of the {name} part is empty; "
                 "must have text"
             )
     fingerprint = digest(known | {"corpus": corpus.fingerprint})
-    return PreparedData(tokenizer, train, validation, fingerprint, known, text.with_checksums())
+    return PreparedData(
+        tokenizer, train, validation, report, fingerprint, known, text.with_checksums()
+    )
 
 
 @dataclass(frozen=True)

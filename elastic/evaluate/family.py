@@ -1,21 +1,23 @@
-"""Every member of a family: size, validation loss, and a few generated lines."""
+"""Every member of a family: size, loss and KL on text that nothing was chosen by, and a few lines
+that it writes."""
 
 import logging
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
-from elastic.data import PackedTokens, load_tokenizer, load_tokens
-from elastic.data.packing import Tokens
+from elastic.console import table as console_table
+from elastic.data import load_tokenizer, load_tokens
+from elastic.evaluate.documents import mean_and_error, report_text, sums_by_document
 from elastic.extract.exported import load_exported
 from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
@@ -42,30 +44,13 @@ class Figures:
     perplexity: float
     gap: float
     """Relative distance of the loss from the parent's."""
+    gap_error: float
+    """Its standard error, paired, over documents."""
+    kl: float
+    """To the parent."""
+    kl_error: float
     untrained_loss: float
     """The same cut of the sorted parent, without elastic training."""
-
-
-@torch.no_grad()
-def mean_loss(model: Any, batches: list[Tensor]) -> float:
-    """Negative log-likelihood per token; `model` maps (b, t) tokens to (b, t, v) logits."""
-    total, count = 0.0, 0
-    for batch in batches:
-        logits = model(batch[:, :-1])
-        targets = batch[:, 1:].flatten()
-        total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-        count += len(targets)
-    return total / count
-
-
-def validation_batches(config: EvaluateConfig, tokens: Tokens) -> list[Tensor]:
-    """Windows spread evenly over the held-out text, (b, t + 1) each."""
-    windows = PackedTokens(
-        tokens, config.sequence_length, setting="sequence_length", text="validation text"
-    )
-    count = min(config.sequences, len(windows))
-    chosen = torch.stack([windows[i * len(windows) // count] for i in range(count)])
-    return list(chosen.split(config.batch_size))
 
 
 def _directory(config: EvaluateConfig, budget: str) -> Path | None:
@@ -94,6 +79,10 @@ def _parent(run_dir: Path) -> HybridParent:
     return load_parent(source, seals=parent_seals(source, run_dir))
 
 
+def _exported_logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(tokens, use_cache=False).logits
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure every budget of a run, print the table, write the JSON."""
     transformers_logging.set_verbosity_error()
@@ -106,15 +95,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = Manifest.read(elastic)
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
-    batches = validation_batches(config, load_tokens(run_dir / "data" / "validation.npy"))
+    text = run_dir / "data" / "report.npy"
+    tokenizer = load_tokenizer(elastic, "tokenizer")
+    sizes = (config.sequences, config.sequence_length, config.batch_size)
+    report = report_text(load_tokens(text), tokenizer.eos_token_id, *sizes)
     parent = _parent(run_dir)
-    largest = max(int(batch.max()) for batch in batches)
+    largest = max(int(batch.max()) for batch in report.batches)
     if largest >= parent.shape.vocab_size:
         raise ValueError(
-            f"{run_dir / 'data' / 'validation.npy'}: has token {largest}, the parent's vocabulary "
+            f"{text}: has token {largest}, the parent's vocabulary "
             f"{parent.shape.vocab_size}; it is damaged, or of another run"
         )
-    parent_loss = mean_loss(parent.logits, batches)
+    original = sums_by_document(parent.logits, parent.logits, report)
+    parent_loss, _ = mean_and_error(original.loss, original.tokens)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
     smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]
     scores = run_dir / "importance" / "scores.safetensors"
@@ -122,10 +115,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = []
     for budget, member in manifest.budgets.items():
         model = _model(config, elastic, budget)
-        loss = mean_loss(lambda tokens, m=model: m(tokens, use_cache=False).logits, batches)
-        untrained = mean_loss(
-            lambda tokens, a=member.architecture: parent.logits(tokens, a), batches
-        )
+        # The sorted parent is the parent.
+        found = sums_by_document(partial(_exported_logits, model), parent.logits, report)
+        untrained = partial(parent.logits, member=member.architecture)
+        cut = sums_by_document(untrained, parent.logits, report)
+        loss, _ = mean_and_error(found.loss, found.tokens)
+        _, error = mean_and_error(found.loss - original.loss, found.tokens)
+        kl, kl_error = mean_and_error(found.kl, found.tokens)
         weights = list(model.parameters())
         rows.append(
             Figures(
@@ -136,22 +132,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 loss=loss,
                 perplexity=math.exp(loss),
                 gap=loss / parent_loss - 1,
-                untrained_loss=untrained,
+                gap_error=error / parent_loss,
+                kl=kl,
+                kl_error=kl_error,
+                untrained_loss=mean_and_error(cut.loss, cut.tokens)[0],
             )
         )
-        log.info("%s: validation loss %.4f", budget, loss)
+        log.info("%s: loss %.4f", budget, loss)
     smallest = min(rows, key=lambda row: row.params).budget
-    text = generate(config, elastic, smallest)
+    written = generate(config, elastic, smallest)
     family = {
         "parent": {"params": parent_params, "loss": parent_loss},
         "members": [asdict(row) for row in rows],
-        "validation": {"sequences": sum(map(len, batches)), "length": config.sequence_length},
-        "generated": {"budget": smallest, "text": text},
+        "report": {
+            "sequences": sum(map(len, report.batches)),
+            "length": config.sequence_length,
+            "documents": report.document_count,
+        },
+        "generated": {"budget": smallest, "text": written},
     }
     write_json(output, family)
     print(table(parent_loss, parent_params, rows))
     print(f"\n{smallest}, loaded by transformers, continues:")
-    for continuation in text:
+    for continuation in written:
         print("\n".join("    " + line for line in continuation.splitlines()))
         print("    " + "-" * 40)
     print(f"written to {output}")
@@ -182,15 +185,22 @@ def generate(config: EvaluateConfig, elastic: Path, budget: str) -> list[str]:
 
 def table(parent_loss: float, parent_params: int, rows: list[Figures]) -> str:
     """The family as text; the parent first."""
-    lines = [
-        "member         params   share        bytes     loss  perplexity  to parent  untrained cut",
-        f"{'parent':<10} {parent_params:>10,} {1:>7.1%} {parent_params * 4:>12,} "
-        f"{parent_loss:>8.4f} {math.exp(parent_loss):>11.2f} {'':>10} {'':>14}",
-    ]
+    header = ("member", "params", "share", "bytes", "loss", "perplexity", "to parent", "KL", "cut")
+    whole = ["parent", f"{parent_params:,}", "100.0%", f"{parent_params * 4:,}"]
+    lines = [[*whole, f"{parent_loss:.4f}", f"{math.exp(parent_loss):.2f}", "", "", ""]]
     for row in rows:
         lines.append(
-            f"{row.budget:<10} {row.params:>10,} {row.share:>7.1%} {row.bytes:>12,} "
-            f"{row.loss:>8.4f} {row.perplexity:>11.2f} {row.gap:>+10.2%} "
-            f"{row.untrained_loss:>14.4f}"
+            [
+                row.budget,
+                f"{row.params:,}",
+                f"{row.share:.1%}",
+                f"{row.bytes:,}",
+                f"{row.loss:.4f}",
+                f"{row.perplexity:.2f}",
+                f"{row.gap:+.2%} +- {row.gap_error:.2%}",
+                f"{row.kl:.4f} +- {row.kl_error:.4f}",
+                f"{row.untrained_loss:.4f}",
+            ]
         )
-    return "\n".join(lines)
+    note = "to parent and KL with their standard errors over documents; cut: untrained"
+    return "\n".join([*console_table(header, lines), note])

@@ -4,22 +4,76 @@ torch."""
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from elastic.config import BudgetConfig, ConfigError, ImportanceConfig, ParentShape
+from elastic.config import BudgetConfig, ConfigError, ImportanceConfig, ParentShape, SpaceConfig
 from elastic.members.architecture import Architecture, Space, droppable_layers
 from elastic.members.cost import parameters
 from elastic.members.search import LogProbabilities, Search, Unreachable
 
 
-def target_params(budget: BudgetConfig, shape: ParentShape) -> int:
-    """Parameters that a budget asks for."""
+def target_params(name: str, budget: BudgetConfig, shape: ParentShape) -> int:
+    """Parameters that a budget asks for; those of its member where only that is given.
+
+    Raises:
+        ConfigError: that member cannot be read, or is none of this parent.
+    """
+    if budget.params is None:
+        return parameters(shape, _given(name, budget, shape))
     full = parameters(shape, Architecture.full(shape))
     return round(budget.params * full) if budget.params <= 1 else round(budget.params)
+
+
+def _given(name: str, budget: BudgetConfig, shape: ParentShape) -> Architecture:
+    """`budgets.NAME.architecture`, which is an entry of elastic.json by now."""
+    assert isinstance(budget.architecture, dict), "files are read before: routing.sizes"
+    try:
+        member = Architecture.from_json(budget.architecture)
+        member.check(shape)
+    except ValueError as error:
+        reason = str(error).removeprefix("architecture: ")
+        raise ConfigError(f"budgets.{name}.architecture: {reason}") from error
+    return member
+
+
+def given_members(
+    budgets: Mapping[str, BudgetConfig], shape: ParentShape, space: SpaceConfig
+) -> dict[str, Architecture]:
+    """Members that settings give, by budget, the largest first; empty where the router decides.
+
+    Raises:
+        ConfigError: some budgets below the parent are given and some are not; a member that is
+            none of this parent, misses its budget, or is not nested in the next larger one.
+    """
+    targets = targets_of(budgets, shape)
+    given = [name for name in targets if budgets[name].architecture is not None]
+    left = [name for name in smaller_budgets(shape, targets) if name not in given]
+    if given and left:
+        raise ConfigError(
+            f"budgets.{left[0]}.architecture: must be given, as that of budgets.{given[0]} is: the "
+            "router decides over all budgets below the parent, or over none"
+        )
+    found: dict[str, Architecture] = {}
+    for name in given:
+        key, member = f"budgets.{name}.architecture", _given(name, budgets[name], shape)
+        size, target = parameters(shape, member), targets[name]
+        if abs(size - target) > space.tolerance * target:
+            raise ConfigError(
+                f"{key}: has {size:,} parameters, not within {space.tolerance:.1%} of "
+                f"budgets.{name}.params, {target:,}; change either, or set params to null"
+            )
+        outer = next(reversed(found), None)
+        if space.nested and outer is not None and not member.is_within(found[outer]):
+            raise ConfigError(
+                f"{key}: must be within that of budgets.{outer} on every axis and layer, or set "
+                "space.nested=false"
+            )
+        found[name] = member
+    return found
 
 
 def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, int]:
     """Targets by name, largest first; `ConfigError` for one above the parent or given twice."""
     full = parameters(shape, Architecture.full(shape))
-    targets = {name: target_params(budget, shape) for name, budget in budgets.items()}
+    targets = {name: target_params(name, budget, shape) for name, budget in budgets.items()}
     for name, target in targets.items():
         if target > full:
             raise ConfigError(

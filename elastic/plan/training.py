@@ -51,7 +51,7 @@ def stage_work(
     whole = flops_per_token(shape, Architecture.full(shape), length)
     soft, forward, teacher = 0.0, float(whole), 0.0
     if stage.config.mode == "elastic":
-        soft = _soft_share(stage, config.router.freeze_at)
+        soft = 0.0 if config.members_given else _soft_share(stage, config.router.freeze_at)
         passes = passes_per_token(stage, list(members))
         frozen = sum(
             times * flops_per_token(shape, members[name], length) for name, times in passes.items()

@@ -29,8 +29,10 @@ def make_plan(config: PlanConfig, settings: Sequence[str] = ()) -> dict[str, Any
     parts = config.space, config.budgets, config.importance, config.curriculum.stages
     sizes = check_sizes(shape, *parts, in_place=config.objective.teacher == "in_place")
     limits = config.space.tolerance, config.space.nested
-    chosen = balanced_family(sizes.space, sizes.drop_order, sizes.targets, *limits)
-    members = {name: choice.architecture for name, choice in chosen.items()}
+    members = sizes.given
+    if not members:
+        chosen = balanced_family(sizes.space, sizes.drop_order, sizes.targets, *limits)
+        members = {name: choice.architecture for name, choice in chosen.items()}
     fitter = Fitter(config, shape, sizes.space, members)
     amounts = memory(fitter)
     return {

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic.config import ObjectiveConfig, RouterConfig, SpaceConfig
+from elastic.config import ConfigError, ObjectiveConfig, RouterConfig, SpaceConfig
 from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Architecture, Selection, Space
+from elastic.members.cost import parameters
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.members.targets import smaller_budgets
 from elastic.parent import Member
@@ -52,6 +53,7 @@ class Family:
         config: RouterConfig,
         space_config: SpaceConfig,
         objective: ObjectiveConfig,
+        given: Mapping[str, Architecture] | None = None,
     ) -> None:
         self.space, self.drop_order, self.targets = space, drop_order, dict(targets)
         self.router, self.config, self.objective = router, config, objective
@@ -70,6 +72,12 @@ class Family:
         self._settled = 0
         self._printed = ""
         self._excess: dict[int, Tensor] = {}
+        self.given = bool(given)
+        """Whether settings gave the members, from the first step on."""
+        if given:
+            self.frozen, self.held_until = self._family(given), 0.0
+            log.info("members are given; %s", self.news(self.frozen))
+            return
         flat: dict[str, dict] = {name: {} for name in self.targets}
         # Unreachable targets stop here; and this family is there should the router's search fail.
         self._some_family = self.search.family(self.targets, flat, self.nested)
@@ -225,10 +233,7 @@ class Family:
         """What a checkpoint needs beside the router's weights; JSON."""
         frozen = None
         if self.frozen is not None:
-            frozen = {
-                name: {axis: [int(pick) for pick in picks] for axis, picks in c.selection.items()}
-                for name, c in self.frozen.items()
-            }
+            frozen = {name: c.architecture.to_json() for name, c in self.frozen.items()}
         return {
             "frozen": frozen,
             "decisions": {name: each.to_json() for name, each in self.decisions.items()},
@@ -244,12 +249,27 @@ class Family:
         self.decisions = {name: Decision.from_json(value) for name, value in decisions}
         self._settled = state["settled"]
         self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
-        if state["frozen"] is not None:
-            self.frozen = {
-                name: self.search.choice({axis: tuple(picks) for axis, picks in selection.items()})
-                for name, selection in state["frozen"].items()
-            }
-            self.router.requires_grad_(False)
+        if state["frozen"] is None:
+            return
+        members = {name: Architecture.from_json(value) for name, value in state["frozen"].items()}
+        if self.given:
+            self._require_same(members)
+            return
+        self.frozen = self._family(members)
+        self.router.requires_grad_(False)
+
+    def _family(self, members: Mapping[str, Architecture]) -> dict[str, Choice]:
+        shape = self.space.shape
+        return {name: Choice({}, each, parameters(shape, each)) for name, each in members.items()}
+
+    def _require_same(self, members: Mapping[str, Architecture]) -> None:
+        """A file with a member may have changed while the setting that names it has not."""
+        for name, choice in (self.frozen or {}).items():
+            if members.get(name) != choice.architecture:
+                raise ConfigError(
+                    f"budgets.{name}.architecture: is not the member that this run trains; restore "
+                    "it, or choose another run_dir"
+                )
 
 
 def _detached(value: Tensor | float) -> Tensor | float:

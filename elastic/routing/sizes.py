@@ -1,13 +1,28 @@
 """The checks of sizes with which training, planning and benches start. No torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
-from elastic.config import BudgetConfig, ImportanceConfig, ParentShape, SpaceConfig, StageConfig
+from elastic.config import (
+    BudgetConfig,
+    ConfigError,
+    ImportanceConfig,
+    ParentShape,
+    SpaceConfig,
+    StageConfig,
+)
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.targets import check_reachable, targets_of
+from elastic.members.targets import (
+    check_reachable,
+    given_members,
+    stand_in_drop_order,
+    targets_of,
+)
 from elastic.routing.curriculum import check_budgets
+from elastic.storage.foreign import read_object
 
 
 class Sizes(NamedTuple):
@@ -18,6 +33,8 @@ class Sizes(NamedTuple):
     """Parameters by budget, largest first."""
     drop_order: tuple[int, ...]
     """One under which every target is reached; it stands in until the layers are ranked."""
+    given: dict[str, Architecture]
+    """The family that settings give, largest first; empty where the router decides."""
 
 
 def check_sizes(
@@ -32,10 +49,41 @@ def check_sizes(
     draw.
 
     Raises:
-        ConfigError: a choice, a target or a stage that does not fit the parent; one line.
+        ConfigError: a choice, a target, a member or a stage that does not fit the parent; one line.
     """
     built = Space.build(space, shape)
+    budgets = with_members_read(budgets)
     targets = targets_of(budgets, shape)
     check_budgets(stages, targets, parameters(shape, Architecture.full(shape)), in_place)
+    given = given_members(budgets, shape, space)
+    if given:
+        whole = Architecture.full(shape)
+        family = {name: given.get(name, whole) for name in targets}
+        return Sizes(built, targets, stand_in_drop_order(built, importance), family)
     order = check_reachable(built, targets, importance, space.tolerance, space.nested)
-    return Sizes(built, targets, order)
+    return Sizes(built, targets, order, {})
+
+
+def with_members_read(budgets: Mapping[str, BudgetConfig]) -> dict[str, BudgetConfig]:
+    """The same budgets, members as objects: a file holds the entry alone, or as `architecture`, as
+    the provenance.json of an export does.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    found = {}
+    for name, budget in budgets.items():
+        value = budget.architecture
+        if isinstance(value, str):
+            try:
+                read = read_object(Path(value).expanduser())
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"budgets.{name}.architecture={value}: {error}") from error
+            value = read.get("architecture", read)
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"budgets.{name}.architecture={value}: must hold an object with hidden_size "
+                    "and layers"
+                )
+        found[name] = replace(budget, architecture=value)
+    return found

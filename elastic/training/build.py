@@ -38,7 +38,8 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
     config = setup.config
     generator = torch.Generator().manual_seed(config.seed + 1)
     smaller = smaller_budgets(setup.shape, setup.targets)
-    router = Router(setup.space, len(smaller), config.router, generator)
+    choices = 0 if setup.given else len(smaller)
+    router = Router(setup.space, choices, config.router, generator)
     return Family(
         setup.space,
         ranking.drop_order,
@@ -47,6 +48,7 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
         config.router,
         config.space,
         config.objective,
+        setup.given,
     )
 
 

@@ -62,6 +62,7 @@ def check(config: RunConfig, place: Place) -> Setup:
         shape,
         sizes.space,
         sizes.targets,
+        sizes.given,
         data,
         base_config,
         device,

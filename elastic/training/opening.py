@@ -14,6 +14,7 @@ from elastic.members.cost import parameters
 from elastic.members.targets import targets_of
 from elastic.parent.stock import read_config, read_shape
 from elastic.routing.curriculum import Stage, budget_probabilities, plan
+from elastic.routing.sizes import with_members_read
 
 WIDTH = 80
 """Columns that the screen needs, where names and paths are not long."""
@@ -55,7 +56,7 @@ def opening(config: RunConfig) -> list[str]:
     """
     shape = find_shape(config)
     stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
-    targets = None if shape is None else targets_of(config.budgets, shape)
+    targets = None if shape is None else targets_of(with_members_read(config.budgets), shape)
     return [
         *_row("run", config.name),
         *_parent(config, shape),
@@ -109,15 +110,18 @@ def _budgets(
 ) -> list[str]:
     """Targets, as shares of the parent and as parameters."""
     if shape is None or targets is None:
-        asked = {name: budget.params for name, budget in config.budgets.items()}
-        rows = [
-            [name, f"{params:.1%} of the parent" if params <= 1 else f"{round(params):,}"]
-            for name, params in asked.items()
-        ]
+        rows = [[name, _asked(budget.params)] for name, budget in config.budgets.items()]
         return _row("budgets", *table(("name", "target"), rows))
     full = parameters(shape, Architecture.full(shape))
     rows = [[name, f"{target:,}", f"{target / full:.1%}"] for name, target in targets.items()]
     return _row("budgets", *table(("name", "parameters", "of the parent"), rows))
+
+
+def _asked(params: float | None) -> str:
+    """A target before the parent's size is known."""
+    if params is None:
+        return "a given member"
+    return f"{params:.1%} of the parent" if params <= 1 else f"{round(params):,}"
 
 
 def _text(config: RunConfig) -> list[str]:

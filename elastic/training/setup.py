@@ -9,7 +9,7 @@ import torch
 from elastic.cluster.place import Place
 from elastic.config import ParentShape, RunConfig
 from elastic.data import PreparedData
-from elastic.members.architecture import Space
+from elastic.members.architecture import Architecture, Space
 from elastic.parent.sealed import parent_seals
 from elastic.routing.curriculum import Stage
 from elastic.storage.seals import Seals
@@ -28,6 +28,8 @@ class Setup:
     space: Space
     targets: dict[str, int]
     """Parameters that each budget asks for, largest first."""
+    given: dict[str, Architecture]
+    """The family that settings give, largest first; empty where the router decides."""
     data: PreparedData
     base_config: dict[str, Any]
     """Fields of a written config.json beside the sizes."""

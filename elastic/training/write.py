@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic.cluster.place import wait_for_all
-from elastic.config import ParentShape
+from elastic.config import BudgetConfig, ParentShape
 from elastic.importance import Ranking
 from elastic.importance.basis import gated_norms
 from elastic.members.cut import norm_cuts, tensor_shapes
@@ -128,6 +128,11 @@ def _hub_id(path: str | None) -> str | None:
     return None if path is None or Path(path).is_dir() else path
 
 
+def _target(budget: BudgetConfig, choice: Choice) -> dict[str, float]:
+    """What was asked for; the member's own size where only that was given."""
+    return {"params": choice.params if budget.params is None else budget.params}
+
+
 def write_elastic(
     setup: Setup, stage: Stage, pieces: Pieces, family: Family, ranking: Ranking
 ) -> None:
@@ -160,7 +165,7 @@ def _write_directory(
     config, source = setup.config, setup.source
     budgets = {
         name: Member(
-            {"params": config.budgets[name].params},
+            _target(config.budgets[name], choice),
             choice.params,
             choice.architecture,
             family.decisions[name].to_json() if name in family.decisions else None,

@@ -108,7 +108,7 @@ def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -
     """Same batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
     text = ["data.source=files", f"data.path='{Path(json.__file__).parent}/*.py'"]
     # A full member that is its teacher has no gradient but rounding: no step is made of that.
-    common = ["debug=one_step", *text, "data.validation_every=3", "optim.eps=1e-4", *several]
+    common = ["debug=one_step", *text, "data.validation_every=2", "optim.eps=1e-4", *several]
     for name, extra in {
         "one": [],
         "two": ["trainer.strategy=ddp", "trainer.devices=2"],

@@ -98,7 +98,6 @@ def test_an_unknown_key_is_named_with_those_there_are(key: str, neighbour: str) 
         ("resume", "perhaps"),
         ("router.full_bias", "high"),
         ("budgets.small.params", "half"),
-        ("budgets.small.params", None),
         ("budgets.small", "half"),
         ("parent.shape.hidden_size", "wide"),
         ("curriculum.stages.all.tokens", 1e3),

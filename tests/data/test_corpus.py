@@ -52,16 +52,20 @@ def test_stdlib_is_a_few_million_characters_of_python() -> None:
     assert "argparse.py" in names and "json/decoder.py" in names
     assert not [name for name in names if "test" in Path(name).parts[:-1]]
     assert corpus.train.column_names == corpus.validation.column_names == ["text"]
-    assert len(corpus.train) + len(corpus.validation) == len(names)
+    parts = (corpus.train, corpus.validation, corpus.report)
+    assert sum(map(len, parts)) == len(names)
     assert 5e6 < sum(map(len, corpus.train["text"])) < 5e7
     assert not list(Path.cwd().iterdir())
 
 
-def test_every_nth_document_is_held_out(tmp_path: Path) -> None:
+def test_every_nth_document_is_held_out_for_validation_and_the_report_in_turns(
+    tmp_path: Path,
+) -> None:
     lines = [json.dumps({"text": f"document {i}"}) for i in range(11)]
     write(tmp_path / "x.jsonl", "\n".join(lines))
     corpus = load_corpus(files(tmp_path / "*.jsonl", validation_every=3))
-    assert corpus.validation["text"][:] == [f"document {i}" for i in (2, 5, 8)]
+    assert corpus.validation["text"][:] == [f"document {i}" for i in (2, 8)]
+    assert corpus.report["text"][:] == ["document 5"]
     assert corpus.train["text"][:] == [f"document {i}" for i in (0, 1, 3, 4, 6, 7, 9, 10)]
 
 
@@ -70,10 +74,12 @@ def test_undecodable_library_files_are_skipped(
 ) -> None:
     write(tmp_path / "a.py", "a")
     (tmp_path / "b.py").write_bytes(b"# coding: latin-1\n\xe9")
-    write(tmp_path / "c.py", "c")
+    for name in "cde":
+        write(tmp_path / f"{name}.py", name)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     corpus = load_corpus(DataConfig(validation_every=2))
-    assert corpus.train["text"][:] == ["a"] and corpus.validation["text"][:] == ["c"]
+    assert corpus.train["text"][:] == ["a", "d"]
+    assert corpus.validation["text"][:] == ["c"] and corpus.report["text"][:] == ["e"]
 
 
 def test_a_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,14 +88,16 @@ def test_a_text_file_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "b" / "2.txt", "third\n\nand\n")
     write(tmp_path / "a[1].txt", "first\n")  # brackets in a name are not a pattern
     write(tmp_path / "b" / "1.txt", "second\n")
+    write(tmp_path / "b" / "3.txt", "fourth\n")
     corpus = load_corpus(files(tmp_path / "**/*.txt"))
     assert corpus.train["text"][:] == ["first\n", "third\n\nand\n"]
     assert corpus.validation["text"][:] == ["second\n"]
+    assert corpus.report["text"][:] == ["fourth\n"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_rows_are_documents_and_the_column_is_chosen(tmp_path: Path, kind: str) -> None:
-    table = datasets.Dataset.from_dict({"id": [1, 2, 3], "body": ["x", "y", "z"]})
+    table = datasets.Dataset.from_dict({"id": [1, 2, 3, 4], "body": ["x", "y", "z", "!"]})
     path = str(tmp_path / f"rows.{kind}")
     table.to_json(path) if kind == "jsonl" else table.to_parquet(path)
     corpus = load_corpus(files(tmp_path / f"*.{kind}", text_column="body"))
@@ -100,7 +108,7 @@ def test_rows_are_documents_and_the_column_is_chosen(tmp_path: Path, kind: str) 
 def test_a_hub_data_set_is_loaded_by_split_and_column(tmp_path: Path) -> None:
     """A local directory stands for the hub: the same call, without the network."""
     for split in ("train", "test"):
-        table = datasets.Dataset.from_dict({"body": [f"{split} {i}" for i in range(3)]})
+        table = datasets.Dataset.from_dict({"body": [f"{split} {i}" for i in range(4)]})
         table.to_parquet(str(tmp_path / "set" / f"{split}-0.parquet"))
     config = DataConfig(
         source="hub",
@@ -144,7 +152,7 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path: Path) ->
 
 
 def test_the_fingerprint_follows_the_files_and_nothing_else(tmp_path: Path) -> None:
-    for i in range(2):
+    for i in range(4):
         write(tmp_path / f"{i}.txt", "text")
     config = files(tmp_path / "*.txt")
     first = corpus_fingerprint(config)
@@ -168,7 +176,7 @@ def test_the_reason_is_the_first_line_of_the_root_cause() -> None:
 
 
 def test_no_progress_bars_in_a_log_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for i in range(2):
+    for i in range(4):
         write(tmp_path / f"{i}.txt", "text")
     load_corpus(files(tmp_path / "*.txt"))
     assert capfd.readouterr().err == ""

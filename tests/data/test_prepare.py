@@ -11,7 +11,7 @@ import pytest
 
 from elastic.config import ConfigError, DataConfig
 from elastic.data import prepare
-from elastic.data.prepare import PreparedData, prepare_data
+from elastic.data.prepare import TEXTS, PreparedData, prepare_data
 from elastic.data.tokenizer import train_tokenizer
 from elastic.storage import seals
 from elastic.storage.seals import SealBroken
@@ -20,7 +20,7 @@ from elastic.storage.seals import SealBroken
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for i in range(4):
+    for i in range(5):
         (tmp_path / f"{i}.txt").write_text(f"document number {i}\n" * 20)
     return DataConfig(
         source="files", path=str(tmp_path / "*.txt"), validation_every=2, tokenizer_vocab=300
@@ -35,8 +35,8 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_same(one: PreparedData, other: PreparedData) -> None:
-    np.testing.assert_array_equal(np.asarray(one.train), np.asarray(other.train))
-    np.testing.assert_array_equal(np.asarray(one.validation), np.asarray(other.validation))
+    for name in TEXTS:
+        np.testing.assert_array_equal(*(np.asarray(getattr(each, name)) for each in (one, other)))
     assert one.digest == other.digest
     assert one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
     assert one.fingerprint == other.fingerprint
@@ -56,7 +56,10 @@ def test_what_was_saved_is_used_again(
     prepared = prepare_data(config, tmp_path / "run" / "data", None)
     prepared.save(tmp_path / "run" / "data")
     names = sorted(path.name for path in (tmp_path / "run" / "data").iterdir())
-    assert names == "data.json seals.json text.json tokenizer train.npy validation.npy".split()
+    assert (
+        names
+        == "data.json report.npy seals.json text.json tokenizer train.npy validation.npy".split()
+    )
     forbid_work(monkeypatch)
     # how much is validated says nothing about the tokens
     found = prepare_data(
@@ -133,10 +136,10 @@ def test_a_parent_without_a_tokenizer_is_refused(
         prepare_data(replace(config, tokenizer="parent"), tmp_path / "run" / "d", path)
 
 
-def test_an_empty_part_is_refused(config: DataConfig, tmp_path: Path) -> None:
-    for name in ("1.txt", "3.txt"):
-        (tmp_path / name).write_text("")
-    with pytest.raises(ConfigError, match="every document of the validation part is empty"):
+@pytest.mark.parametrize(("name", "part"), [("1.txt", "validation"), ("3.txt", "report")])
+def test_an_empty_part_is_refused(config: DataConfig, tmp_path: Path, name: str, part: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match=f"every document of the {part} part is empty"):
         prepare_data(config, tmp_path / "run" / "d", None)
 
 
@@ -147,7 +150,9 @@ def trained_on(config: DataConfig, run: Path) -> str:
     return prepared.digest
 
 
-@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["train.npy", "validation.npy", "report.npy", "tokenizer/tokenizer.json"]
+)
 @pytest.mark.parametrize("kind", ["bit", "cut", "gone"])
 def test_damaged_tokens_are_named_made_again_and_saved(
     config: DataConfig,
@@ -185,7 +190,7 @@ def test_another_process_compares_sizes_now_and_the_rest_as_it_is_read(
     (run / "train.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     found = prepare_data(config, run, None, digest, thorough=False)
     assert found.stored
-    with pytest.raises(SealBroken, match="train.npy: block 3 "):
+    with pytest.raises(SealBroken, match="train.npy: block 4 "):
         np.asarray(found.train)
     (run / "train.npy").write_bytes(whole[:-1])
     assert not prepare_data(config, run, None, digest, thorough=False).stored
@@ -198,7 +203,7 @@ CHANGES = {
     ),
     "edited": (lambda d: (d / "0.txt").write_text("x" * 360), "0.txt has other contents than it"),
     "removed": (lambda d: (d / "3.txt").unlink(), "3.txt is gone"),
-    "added": (lambda d: (d / "4.txt").write_text("new"), "4.txt has been added"),
+    "added": (lambda d: (d / "5.txt").write_text("new"), "5.txt has been added"),
     "renamed": (lambda d: (d / "0.txt").rename(d / "9.txt"), "0.txt is gone"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from elastic.config import ConfigError, DataConfig
 from elastic.data.corpus import load_corpus
+from elastic.data.prepare import TEXTS
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_records_without_text_are_left_out_where_that_is_set_and_counted(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = load_corpus(files(third_without(tmp_path, kind), skip_missing=True))
-    texts = [text for part in (corpus.train, corpus.validation) for text in part["text"][:] if text]
+    texts = [text for name in TEXTS for text in getattr(corpus, name)["text"][:] if text]
     assert len(texts) == 20
     assert "10 records without data.text_column=text are left out" in caplog.text
 
@@ -81,8 +82,8 @@ def test_empty_documents_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_nothing_is_said_of_whole_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    json_lines(tmp_path / "x.jsonl", *({"text": t} for t in "abc"))
-    parquet(tmp_path / "x.parquet", ["a", "b", "c"], pyarrow.large_string())
+    json_lines(tmp_path / "x.jsonl", *({"text": t} for t in "abcd"))
+    parquet(tmp_path / "x.parquet", ["a", "b", "c", "d"], pyarrow.large_string())
     for name in ("x.jsonl", "x.parquet"):
         assert len(load_corpus(files(tmp_path / name)).train) == 2
     assert caplog.text == ""

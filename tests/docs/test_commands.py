@@ -177,7 +177,13 @@ def test_a_collision_of_run_directories_is_seen(demo: Forked) -> None:
 
 
 def test_a_batch_that_eight_processes_cannot_share_is_seen() -> None:
-    own = ours(Shown("x.md", "needs=gpu", "python train.py trainer=gpu trainer.devices=8"))
+    own = ours(
+        Shown(
+            "x.md",
+            "needs=gpu",
+            "python train.py trainer=gpu trainer.devices=8 curriculum.stages.short.draws=1",
+        )
+    )
     assert own is not None
     with pytest.raises(ConfigError, match="must be a multiple of 8192"):
         own.check()

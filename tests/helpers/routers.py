@@ -4,7 +4,8 @@ import torch
 from helpers.spaces import space_of
 
 from elastic.config import RouterConfig
-from elastic.members.architecture import Space
+from elastic.members.architecture import Architecture, Space
+from elastic.routing.family import Family
 from elastic.routing.router import Router
 
 DROP = (1, 3)
@@ -17,3 +18,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def router_of(space: Space = SPACE, budgets: int = 3, seed: int = 0, **fields: float) -> Router:
     return Router(space, budgets, RouterConfig(**fields), generator(seed))  # type: ignore[arg-type]
+
+
+def members(family: Family) -> dict[str, Architecture]:
+    """What a family has frozen."""
+    assert family.frozen is not None
+    return {name: choice.architecture for name, choice in family.frozen.items()}

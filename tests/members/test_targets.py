@@ -95,12 +95,12 @@ def test_targets_are_sorted_largest_first() -> None:
     [(1.0, FULL), (1, FULL), (0.5, round(FULL / 2)), (1.5, 2), (5000, 5000), (FULL, FULL)],
 )
 def test_up_to_1_is_a_share_and_above_a_count(params: float, target: int) -> None:
-    assert target_params(BudgetConfig(params=params), SHAPE) == target
+    assert target_params("x", BudgetConfig(params=params), SHAPE) == target
 
 
 def test_a_share_of_the_12b_parent_is_exact() -> None:
-    assert target_params(BudgetConfig(params=1.0), NANO_12B) == 12_310_001_152
-    assert target_params(BudgetConfig(params=0.5), NANO_12B) == 6_155_000_576
+    assert target_params("x", BudgetConfig(params=1.0), NANO_12B) == 12_310_001_152
+    assert target_params("x", BudgetConfig(params=0.5), NANO_12B) == 6_155_000_576
 
 
 def test_a_target_above_the_parent_is_refused() -> None:

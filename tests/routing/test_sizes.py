@@ -1,7 +1,10 @@
 """What is checked of sizes before anything starts: the same for training, plans and benches."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers.spaces import SHAPE
@@ -61,6 +64,81 @@ def test_each_of_the_checks_is_made(budgets: dict, options: dict, line: str) -> 
     with pytest.raises(ConfigError) as error:
         check(budgets, **options)
     assert str(error.value).startswith(line)
+
+
+# Given members
+
+WHOLE = Architecture.full(SHAPE)
+MEDIUM = replace(WHOLE, hidden_size=14)
+SMALL = replace(WHOLE.without({3}), hidden_size=12)
+COUNTS = [parameters(SHAPE, each) for each in (MEDIUM, SMALL)]
+
+
+def given(medium: object, small: object, nested: bool = True, params: float | None = None) -> Sizes:
+    """Checked with these members; no budget asks for parameters, but the small one for `params`."""
+    stage = StageConfig(tokens=64, sequence_length=8, batch_tokens=16, model_lr=1e-3)
+    asked = {
+        "full": BudgetConfig(params=1.0),
+        "medium": BudgetConfig(architecture=medium),
+        "small": BudgetConfig(architecture=small, params=params),
+    }
+    return check_sizes(SHAPE, SpaceConfig(nested=nested), asked, ImportanceConfig(), {"a": stage})
+
+
+def test_given_members_are_the_family_whatever_the_space() -> None:
+    sizes = given(MEDIUM.to_json(), SMALL.to_json())
+    assert sizes.given == {"full": WHOLE, "medium": MEDIUM, "small": SMALL}
+    assert list(sizes.targets.values()) == [FULL, *COUNTS]
+    assert check({"full": 1.0}).given == {}
+    asked = given(MEDIUM.to_json(), SMALL.to_json(), params=COUNTS[1] * 1.005)
+    assert asked.targets["small"] == round(COUNTS[1] * 1.005)
+
+
+def test_a_file_holds_a_member_alone_or_as_an_export_says_it(tmp_path: Path) -> None:
+    alone, said = tmp_path / "medium.json", tmp_path / "provenance.json"
+    alone.write_text(json.dumps(MEDIUM.to_json()))
+    said.write_text(json.dumps({"budget": "x", "architecture": SMALL.to_json()}))
+    assert list(given(str(alone), str(said)).given.values()) == [WHOLE, MEDIUM, SMALL]
+
+
+HEADS = {"hidden_size": 12, "layers": [{"index": 0, "kind": "mamba", "num_heads": 3}]}
+
+
+@pytest.mark.parametrize(
+    ("small", "options", "line"),
+    [
+        (None, {"params": 0.6}, "small.architecture: must be given, as that of budgets.medium is"),
+        ("/no/such.json", {}, "small.architecture=/no/such.json: "),
+        ({"layers": []}, {}, "small.architecture: architecture entry is malformed: "),
+        (HEADS, {}, "small.architecture: architecture entry is malformed: "),
+        (
+            replace(SMALL, hidden_size=17).to_json(),
+            {},
+            "small.architecture: hidden_size=17 must be in 1..16",
+        ),
+        (
+            SMALL.to_json(),
+            {"params": 0.3},
+            f"small.architecture: has {COUNTS[1]:,} parameters, not within 1.0% of",
+        ),
+        (
+            replace(WHOLE.without({0, 1, 2}), hidden_size=15).to_json(),
+            {},
+            "small.architecture: must be within that of budgets.medium on every axis and layer",
+        ),
+    ],
+)
+def test_what_is_no_member_or_misses_its_budget_is_refused(
+    small: object, options: dict, line: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        given(MEDIUM.to_json(), small, **options)
+    assert str(error.value).startswith(f"budgets.{line}") and "\n" not in str(error.value)
+
+
+def test_members_need_not_be_nested_where_that_is_said() -> None:
+    wide = replace(WHOLE.without({0, 1, 2}), hidden_size=15)
+    assert given(MEDIUM.to_json(), wide.to_json(), nested=False).given["small"] == wide
 
 
 def test_the_checks_need_no_torch() -> None:

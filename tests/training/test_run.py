@@ -376,7 +376,7 @@ def test_every_experiment_parses_and_takes_a_step(experiment: str, tmp_path: Pat
         "debug=one_step",
         "data.source=files",
         "data.path='" + str(Path(json.__file__).parent / "*.py") + "'",
-        "data.validation_every=3",
+        "data.validation_every=2",
         experiment=experiment,
     )
     output = launch(config)
