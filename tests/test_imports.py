@@ -15,7 +15,7 @@ PACKAGE = ROOT / "elastic"
 
 WINGS = (
     "config console members storage cluster data losses parent importance routing teacher training "
-    "extract plan evaluate bench cli"
+    "extract plan evaluate study bench cli"
 ).split()
 """From the ground up; a new wing is entered here."""
 

@@ -18,6 +18,7 @@ from elastic.config import (
     ExtractConfig,
     PlanConfig,
     RunConfig,
+    StudyConfig,
 )
 
 
@@ -91,6 +92,12 @@ def evaluate(config: EvaluateConfig) -> None:
     from elastic.evaluate.family import evaluate
 
     evaluate(config)
+
+
+def study(config: StudyConfig) -> None:
+    from elastic.study.work import work
+
+    work(config)
 
 
 def cache_teacher(config: CacheTeacherConfig) -> None:
@@ -226,6 +233,34 @@ COMMANDS = {
                 ("""run_dir=runs/tiny 'prompts=["import os"]' new_tokens=16""", "another prompt"),
             ),
             also="python -m elastic.evaluate",
+        ),
+        Command(
+            name="study",
+            config="study",
+            schema=StudyConfig,
+            run=study,
+            summary="Compare ways to train a family, at equal tokens, from the same parent.",
+            text="Trains the parent once, then every arm with every seed, and prints paired "
+            "differences on text by which nothing was chosen. Figures of finished runs are kept, "
+            "and the same command goes on from there.",
+            groups=("study",),
+            settings=(
+                "study.run",
+                "study.seeds",
+                "study.experiment",
+                "study.settings",
+                "dir",
+                "results",
+                "output",
+                "jobs",
+                "threads",
+            ),
+            examples=(
+                ("study=quick", "on the tiny parent, one seed"),
+                ("'study.run=[elastic,sorted]' 'study.seeds=[0,1]'", "two arms"),
+                ("jobs=2 threads=1", "two runs at a time"),
+            ),
+            also="python -m elastic.study",
         ),
         *map(bench, BENCHES),
         Command(

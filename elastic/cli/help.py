@@ -74,7 +74,7 @@ def about(entry: Command) -> str:
     return _text(
         f"elastic {entry.name} [SETTING=VALUE ...] [OPTIONS]",
         f"{entry.summary} {entry.text}",
-        _table(f"Choices, each a file under {CONF}", list(_groups(entry.groups))),
+        _table(f"Choices, each a file under {CONF}", list(_groups(entry.config, entry.groups))),
         _table("Settings that matter", settings),
         _table(
             "Examples",
@@ -148,9 +148,10 @@ def _default(defaults: DictConfig, key: str) -> str:
     return "[...]" if texts else str(value).replace(" ", "")
 
 
-def _groups(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every group with what `train` chooses, and its options."""
-    chosen = dict(re.findall(r"^  - (\w+): (\w+)", (CONF / "train.yaml").read_text(), re.MULTILINE))
+def _groups(config: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Every group with what the command's file, or that of `train`, chooses, and its options."""
+    text = "\n".join((CONF / f"{name}.yaml").read_text() for name in ("train", config))
+    chosen = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     for name in names:
         options = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
         yield f"{name}={chosen[name]}", ", ".join(options)

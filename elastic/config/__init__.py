@@ -38,6 +38,7 @@ from elastic.config.model import (
     SpaceConfig,
 )
 from elastic.config.plan import PlanConfig, PlanSettings
+from elastic.config.study import ArmConfig, StudyConfig, StudySettings
 from elastic.config.training import (
     CurriculumConfig,
     DataConfig,
@@ -50,6 +51,9 @@ from elastic.config.training import (
 
 __all__ = [
     "AXES",
+    "ArmConfig",
+    "StudyConfig",
+    "StudySettings",
     "BENCHES",
     "BenchConfig",
     "BudgetConfig",

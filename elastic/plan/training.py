@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from elastic.config import ParentShape, PlanConfig
+from elastic.config import ParentShape, PlanConfig, RunConfig
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token
 from elastic.plan.memory import on_gpu
@@ -40,7 +40,7 @@ class StageWork:
 
 
 def stage_work(
-    config: PlanConfig, shape: ParentShape, stage: Stage, members: Mapping[str, Architecture]
+    config: RunConfig, shape: ParentShape, stage: Stage, members: Mapping[str, Architecture]
 ) -> StageWork:
     """What a stage computes.
 

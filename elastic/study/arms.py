@@ -1,0 +1,151 @@
+"""An arm and a seed -> the runs that it takes, as settings of `elastic train`."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import elastic
+from elastic.config import RunConfig, StudySettings, parse
+from elastic.storage.files import digest
+
+CONF = Path(elastic.__file__).resolve().parent / "conf"
+
+NO_RATE = 1e-12
+"""Peak rate of a run that is to change nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an arm, whose members are measured."""
+
+    arm: str
+    seed: int
+    alone: str | None
+    """The budget that is trained by itself; None where all are trained together."""
+    raw: dict[str, Any]
+    """Settings of the run but for `run_dir`, before the gate."""
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        return f"{self.arm}-{self.seed}" + ("" if self.alone is None else f"-{self.alone}")
+
+    def config(self, run_dir: Path) -> RunConfig:
+        """Through the gate."""
+        return parse({**self.raw, "run_dir": str(run_dir)}, RunConfig)
+
+    def key(self, parent: str, study: StudySettings) -> str:
+        """Hash of all that its figures depend on: settings, the parent's weights (`parent`, a
+        checksum), and the text that is measured. Where things lie, and who watches, is none of
+        it."""
+        settings = {n: v for n, v in self.raw.items() if n not in ("run_dir", "logger", "trainer")}
+        settings["parent"] = parent
+        measured = [study.sequences, study.sequence_length]
+        return digest([settings, self.raw["trainer"]["precision"], measured])
+
+
+def composed(settings: Sequence[str]) -> dict[str, Any]:
+    """What `elastic train` would read of a command line, as plain values before the gate."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    with ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():  # else the command's own search path
+            stack.enter_context(initialize_config_dir(str(CONF), version_base="1.3"))
+        raw = OmegaConf.to_container(compose("train", list(settings)), resolve=True)
+    assert isinstance(raw, dict)
+    return {str(name): value for name, value in raw.items() if name != "hydra"}
+
+
+def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
+    """The run that trains the parent: its elastic stages are a step each."""
+    raw = composed([f"experiment={study.experiment}", *study.settings, f"run_dir='{run_dir}'"])
+    for stage in _elastic(raw).values():
+        stage |= {"tokens": stage["batch_tokens"], "warmup_steps": 0}
+    return parse(raw, RunConfig)
+
+
+def _elastic(raw: dict[str, Any]) -> dict[str, Any]:
+    stages = raw["curriculum"]["stages"].items()
+    return {name: stage for name, stage in stages if stage.get("mode", "elastic") == "elastic"}
+
+
+def jobs_of(
+    study: StudySettings,
+    name: str,
+    seed: int,
+    parent: Path,
+    family: Mapping[str, Mapping[str, Any]] | None,
+) -> list[Job]:
+    """The runs of an arm and a seed.
+
+    Args:
+        parent: directory of the parent's checkpoint.
+        family: what the first arm has frozen with this seed, budget -> entry of elastic.json,
+            largest first; None for that arm itself.
+
+    Raises:
+        ConfigError: a setting of the arm that `elastic train` would refuse.
+    """
+    arm = study.arms[name]
+    raw = composed(
+        [
+            f"experiment={study.experiment}",
+            *study.settings,
+            *arm.settings,
+            f"seed={seed}",
+            "data.tokenizer=parent",
+            f"parent.path='{parent}'",
+        ]
+    )
+    raw["curriculum"]["stages"] = _elastic(raw)
+    if not arm.trained:
+        _leave_untrained(raw)
+    if family is None:
+        return [Job(name, seed, None, raw)]
+    budgets = list(family)
+    if not arm.each_alone:
+        if arm.family_of is not None:
+            raw["budgets"] = {budget: _given(family[budget]) for budget in budgets}
+        return [Job(name, seed, None, raw)]
+    smaller = budgets[1:]
+    return [Job(name, seed, b, _alone(raw, b, family[b], len(smaller))) for b in smaller]
+
+
+def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"params": None, "architecture": dict(entry)}
+
+
+def _alone(
+    raw: dict[str, Any], budget: str, entry: Mapping[str, Any], parts: int
+) -> dict[str, Any]:
+    """The same run for one member: an equal part of every stage's tokens, in whole steps."""
+    stages = {}
+    for name, stage in raw["curriculum"]["stages"].items():
+        steps = -(-stage["tokens"] // (stage["batch_tokens"] * parts))
+        stages[name] = stage | {
+            "tokens": steps * stage["batch_tokens"],
+            "budget_probabilities": None,
+            "budgets_per_batch": "one",
+            "draws": 1,
+        }
+    curriculum = raw["curriculum"] | {"stages": stages}
+    return raw | {"curriculum": curriculum, "budgets": {budget: _given(entry)}}
+
+
+def _leave_untrained(raw: dict[str, Any]) -> None:
+    """One step of the first stage, at no rate."""
+    name, stage = next(iter(raw["curriculum"]["stages"].items()))
+    stage |= {"tokens": stage["batch_tokens"], "model_lr": NO_RATE, "warmup_steps": 0}
+    raw["curriculum"]["stages"] = {name: stage}
+
+
+def trained_tokens(config: RunConfig) -> int:
+    """Tokens of text of a run's elastic stages, however many budgets share them."""
+    total = 0
+    for stage in config.curriculum.stages.values():
+        total += -(-stage.tokens // stage.batch_tokens) * stage.batch_tokens
+    return total

@@ -1,0 +1,191 @@
+"""Figures of finished runs -> tables: every arm's members, and paired differences from the first
+arm, averaged over seeds, with standard errors over documents."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.config import StudySettings
+from elastic.console import short, table
+from elastic.evaluate.documents import mean_and_error, mean_over_seeds
+from elastic.storage.files import atomic_file, write_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures of one run, as its file has them."""
+
+    value: Mapping[str, Any]
+
+    @property
+    def arm(self) -> str:
+        return str(self.value["arm"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.value["seed"])
+
+    @property
+    def family(self) -> dict[str, Any]:
+        """Budget -> entry of elastic.json, largest first."""
+        return {name: each["architecture"] for name, each in self.value["members"].items()}
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(documents,): tokens of each."""
+        return np.asarray(self.value["documents"], dtype=np.float64)
+
+    def sums(self, budget: str, figure: str) -> np.ndarray:
+        """(documents,): `loss` or `kl` of a member in nats, summed by document; `excess` is its
+        loss above the parent's."""
+        if figure == "excess":
+            parent = np.asarray(self.value["parent"]["loss"])
+            return self.sums(budget, "loss") - parent
+        return np.asarray(self.value["members"][budget][figure])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A member of an arm, averaged over seeds; losses in nats per token."""
+
+    arm: str
+    budget: str
+    params: float
+    seeds: int
+    excess: tuple[float, float]
+    """Loss above the parent's, and its standard error."""
+    relative: float
+    """The same as a share of the parent's loss."""
+    kl: tuple[float, float]
+    by_seed: list[float]
+    """KL of every seed."""
+    difference: tuple[float, float] | None
+    """KL less that of the first arm, paired, and its standard error; None for the first arm."""
+    same_sign: bool | None
+    """Whether each seed's difference has the sign of the mean."""
+
+
+def rows(study: StudySettings, records: Sequence[Record]) -> list[Row]:
+    """One per arm and member, in the order of study.run; budgets largest first."""
+    by_arm: dict[str, dict[str, dict[int, Record]]] = {}
+    for record in records:
+        for budget in record.family:
+            by_arm.setdefault(record.arm, {}).setdefault(budget, {})[record.seed] = record
+    first = by_arm[study.run[0]]
+    found = []
+    for arm in study.run:
+        for budget, seeds in by_arm[arm].items():
+            found.append(_row(arm, budget, seeds, None if arm == study.run[0] else first[budget]))
+    return found
+
+
+def _row(
+    arm: str, budget: str, seeds: Mapping[int, Record], first: Mapping[int, Record] | None
+) -> Row:
+    tokens = next(iter(seeds.values())).documents
+    kls = {seed: record.sums(budget, "kl") for seed, record in seeds.items()}
+    excess = [record.sums(budget, "excess") for record in seeds.values()]
+    parents = [np.asarray(record.value["parent"]["loss"]).sum() for record in seeds.values()]
+    mean_excess = mean_over_seeds(excess, tokens)
+    difference, same = None, None
+    if first is not None:
+        each = [kls[seed] - first[seed].sums(budget, "kl") for seed in seeds]
+        difference = mean_over_seeds(each, tokens)
+        same = all(np.sign(one.sum()) == np.sign(difference[0]) for one in each)
+    sizes = [record.value["members"][budget]["params"] for record in seeds.values()]
+    return Row(
+        arm=arm,
+        budget=budget,
+        params=float(np.mean(sizes)),
+        seeds=len(seeds),
+        excess=mean_excess,
+        relative=float(mean_excess[0] * tokens.sum() / np.mean(parents)),
+        kl=mean_over_seeds(list(kls.values()), tokens),
+        by_seed=[mean_and_error(each, tokens)[0] for each in kls.values()],
+        difference=difference,
+        same_sign=same,
+    )
+
+
+def cost(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """arm -> tokens of text, FLOPs of students and teacher, seconds, per seed."""
+    found: dict[str, dict[str, float]] = {}
+    seeds: dict[str, set[int]] = {}
+    for record in records:
+        entry = found.setdefault(record.arm, {})
+        seeds.setdefault(record.arm, set()).add(record.seed)
+        for name in ("tokens", "student_flops", "teacher_flops", "seconds"):
+            entry[name] = entry.get(name, 0.0) + record.value[name]
+    return {a: {n: v / len(seeds[a]) for n, v in entry.items()} for a, entry in found.items()}
+
+
+def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
+    """Both tables, as lines of at most 100 columns."""
+    lines = []
+    for row in rows(study, records):
+        versus, errors, sign = "", "", ""
+        if row.difference is not None:
+            mean, error = row.difference
+            base = row.kl[0] - mean
+            versus = f"{mean / base:+.1%}"
+            errors = f"{mean / error:+.1f}" if error else "-"
+            sign = "yes" if row.same_sign else "no"
+        lines.append(
+            [
+                row.arm,
+                row.budget,
+                short(row.params),
+                str(row.seeds),
+                f"{row.relative:+.2%}",
+                f"{row.kl[0]:.4f} +- {row.kl[1]:.4f}",
+                versus,
+                errors,
+                sign,
+            ]
+        )
+    header = (
+        "arm", "member", "params", "seeds", "loss", "KL", f"KL to {study.run[0]}'s", "errors",
+        "each seed",
+    )  # fmt: skip
+    costs = [
+        [arm, *(short(each[name]) for name in ("tokens", "student_flops", "teacher_flops")),
+         f"{each['seconds']:.0f}"]
+        for arm, each in cost(records).items()
+    ]  # fmt: skip
+    head = ("arm", "tokens", "student FLOPs", "teacher FLOPs", "seconds")
+    return [*table(header, lines), "", *table(head, costs)]
+
+
+def write_tables(directory: Path, study: StudySettings, records: Sequence[Record]) -> Path:
+    """`<name>.md` and `<name>.json`: the tables, and the rows behind them."""
+    seeds, documents = len(study.seeds), len(records[0].documents)
+    tokens = int(records[0].documents.sum())
+    text = [
+        f"# {study.name}",
+        "",
+        f"Written by `elastic study study={study.name}`: experiment `{study.experiment}`, "
+        f"{seeds} seed(s), {tokens:,} tokens of {documents} documents by which nothing was chosen.",
+        "",
+        "`loss` is the distance from the parent's loss, `KL` the divergence from its predictions "
+        "in nats per token, with standard errors over documents; `errors` is the paired difference "
+        f"from `{study.run[0]}` in its own standard errors, `each seed` whether its sign is the "
+        "same in every seed. Seconds are of runs that may have shared the machine.",
+        "",
+        "```text",
+        *tables(study, records),
+        "```",
+    ]
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{study.name}.md"
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(text) + "\n")
+    value = {
+        "experiment": study.experiment,
+        "rows": [vars(row) for row in rows(study, records)],
+        "cost": cost(records),
+    }
+    write_json(directory / f"{study.name}.json", value)
+    return path
