@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -23,11 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elastic.cli.overrides import addition, at_default, several, unreadable
 from elastic.cluster.requeue import may_requeue, requeue
-from elastic.config import ConfigError, explain, parse
+from elastic.config import CONF, ConfigError, explain, parse
 from elastic.console import clear_of_bars, keep_going, lost
-
-CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()
-"""The configuration files: a folder of the installed package, a link to conf/ in a checkout."""
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from elastic.config.commands import (
     ExtractConfig,
     RunConfig,
 )
-from elastic.config.gate import explain, parse
+from elastic.config.gate import CONF, explain, parse
 from elastic.config.model import (
     AXES,
     KINDS,
@@ -55,6 +55,7 @@ __all__ = [
     "StudyConfig",
     "StudySettings",
     "BENCHES",
+    "CONF",
     "BenchConfig",
     "BudgetConfig",
     "ConfigError",

@@ -1,5 +1,6 @@
 """The one gate from Hydra to the library, and one line for whatever does not pass it."""
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra.errors import HydraException, OverrideParseException
@@ -10,6 +11,9 @@ from elastic.config.checks import ConfigError, visible
 from elastic.config.ranges import check_ranges
 
 T = TypeVar("T")
+
+CONF = (Path(__file__).resolve().parents[1] / "conf").resolve()
+"""The configuration files: a folder of the installed package, a link to conf/ in a checkout."""
 
 
 def parse(raw: DictConfig | dict[str, Any], schema: type[T]) -> T:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import elastic
-from elastic.config import RunConfig, StudySettings, parse
+from elastic.config import CONF, RunConfig, StudySettings, parse
 from elastic.storage.files import digest
-
-CONF = Path(elastic.__file__).resolve().parent / "conf"
 
 NO_RATE = 1e-12
 """Peak rate of a run that is to change nothing."""

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ class Task:
     parent: Path
     study: StudySettings
     threads: int | None
+
+
+def answer(end: Connection, task: Task) -> None:
+    """A process' work: send the record, or the error that stopped it."""
+    try:
+        end.send(carry_out(task))
+    except Exception as error:
+        logging.getLogger(__name__).exception("stopped")
+        end.send(error)
 
 
 def carry_out(task: Task) -> dict[str, Any]:

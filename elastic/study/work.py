@@ -4,19 +4,20 @@ import logging
 import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from elastic.config import StudyConfig
-from elastic.storage.files import digest, require_writable, write_json
+from elastic.storage.files import require_writable, write_json
 from elastic.storage.foreign import read_object
 from elastic.storage.seals import Seals
 from elastic.study.arms import Job, jobs_of, parent_settings
 from elastic.study.compare import Record, tables, write_tables
-from elastic.study.run import Task, carry_out
+from elastic.study.run import Task, answer
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +33,13 @@ def work(config: StudyConfig) -> None:
     results, output = Path(config.results), Path(config.output)
     require_writable("results", results / "any.json")
     require_writable("output", output / "any.md")
+    study = config.study
+    for name in study.run:  # a mistake in the last arm must not wait for the others
+        jobs_of(study, name, study.seeds[0], Path("parent"), None)[0].config(Path("run"))
     parent = _parent(config)
     seals = Seals.read(parent)
     assert seals is not None
     records = Study(config, parent, seals.digest).carry_out()
-    study = config.study
     print("\n".join(tables(study, records)))
     path = write_tables(output, study, records)
     print(f"written to {path}")
@@ -100,7 +103,7 @@ class Study:
             record |= {
                 "arm": job.arm, "seed": job.seed, "alone": job.alone,
                 "experiment": self.config.study.experiment, "parent_checksum": self.checksum,
-                "settings": digest(job.raw), "versions": {n: version(n) for n in PACKAGES},
+                "versions": {n: version(n) for n in PACKAGES},
             }  # fmt: skip
             self.path(job).parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path(job), record, None)
@@ -112,23 +115,50 @@ class Study:
         return [record for record in found if record is not None]
 
     def _parallel(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        """Jobs as they finish, `config.jobs` at a time, each in a process of its own."""
+        """Jobs as they finish, `config.jobs` at a time, each in a process of its own.
+
+        Raises:
+            ConfigError, or whatever a run has raised: the others are stopped, and keep what they
+                have.
+        """
         context = multiprocessing.get_context("spawn")
         waiting = list(jobs)
-        running: dict[Future, Job] = {}
-        with ProcessPoolExecutor(
-            self.config.jobs, mp_context=context, max_tasks_per_child=1
-        ) as pool:
-            try:
-                while waiting or running:
-                    while waiting and len(running) < self.config.jobs:
-                        job = waiting.pop(0)
-                        running[pool.submit(carry_out, self._task(job))] = job
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        yield running.pop(future), future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        running: dict[Any, tuple[Job, BaseProcess]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.config.jobs:
+                    job = waiting.pop(0)
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=answer, args=(theirs, self._task(job)))
+                    process.start()
+                    theirs.close()
+                    running[ours] = job, process
+                for end in wait(list(running)):
+                    job, process = running[end]
+                    yield job, self._received(end, job, process)
+                    del running[end]
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.join()
+
+    def _received(self, end: Any, job: Job, process: BaseProcess) -> dict[str, Any]:
+        """What a run has sent; raises what it has raised."""
+        try:
+            answered = end.recv()
+        except EOFError:
+            process.join()
+            log_file = Path(self._task(job).config.run_dir).with_suffix(".log")
+            raise OSError(
+                f"{job.name}: its process ended with exit code {process.exitcode}; its log is "
+                f"{log_file}"
+            ) from None
+        process.join()
+        if isinstance(answered, BaseException):
+            raise answered
+        record: dict[str, Any] = answered
+        return record
 
     def _task(self, job: Job) -> Task:
         run_dir = Path(self.config.dir) / self.config.study.experiment / job.name

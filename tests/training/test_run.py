@@ -179,6 +179,7 @@ def brief(run_dir: Path, *overrides: str) -> RunConfig:
         "trainer.checkpoint_every=3",
         "trainer.validate_every=4",
         "trainer.micro_batch_tokens=256",
+        "curriculum.stages.short.draws=2",
         "router.freeze_at=0.5",
         *overrides,
         steps=(5, 8, 4),

@@ -33,8 +33,15 @@ TEXTS = "texts"
 
 
 def brief(run_dir: Path, *overrides: str) -> RunConfig:
-    more = ["trainer.checkpoint_every=3", "trainer.validate_every=100", "router.freeze_at=0.5"]
-    return small_settings(run_dir, *more, *overrides, steps=(4, 6, 3))
+    return small_settings(
+        run_dir,
+        "trainer.checkpoint_every=3",
+        "trainer.validate_every=100",
+        "router.freeze_at=0.5",
+        "curriculum.stages.short.draws=1",
+        *overrides,
+        steps=(4, 6, 3),
+    )
 
 
 def stopped(config: RunConfig, after: int) -> None:

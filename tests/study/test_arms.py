@@ -1,0 +1,128 @@
+"""An arm becomes runs: equal tokens, the same parent and text, the members that are meant."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from elastic.config import ConfigError, RunConfig, StudyConfig, StudySettings, parse
+from elastic.study.arms import CONF, Job, composed, jobs_of, parent_settings, trained_tokens
+
+STUDIES = ("main", "quick", "ablations")
+
+
+def study_of(name: str = "main", *overrides: str) -> StudySettings:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = compose("study", [f"study={name}", *overrides])
+    return parse(raw, StudyConfig).study
+
+
+TINY = study_of("quick")
+FAMILY = {
+    name: {"hidden_size": width, "layers": [{"index": 1, "kind": "mlp", "intermediate_size": 512}]}
+    for name, width in (("full", 128), ("medium", 112), ("small", 88))
+}
+PARENT = Path("somewhere/parent")
+
+
+def configs(name: str, seed: int = 3, study: StudySettings = TINY) -> list[RunConfig]:
+    family = None if name == study.run[0] else FAMILY
+    return [job.config(Path("r")) for job in jobs_of(study, name, seed, PARENT, family)]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_every_study_passes_the_gate(name: str) -> None:
+    study = study_of(name)
+    for arm in study.run:
+        for config in configs(arm, study=study):
+            assert config.seed == 3 and config.parent.path == str(PARENT)
+            assert all(stage.mode == "elastic" for stage in config.curriculum.stages.values())
+
+
+def test_the_first_arm_is_the_experiment_without_its_pretraining() -> None:
+    (found,) = configs("elastic")
+    wanted = parse(composed(["experiment=tiny", "seed=3", "run_dir=r"]), RunConfig)
+    pretrain, *stages = wanted.curriculum.stages
+    assert list(found.curriculum.stages) == stages
+    assert found.curriculum.stages["short"] == wanted.curriculum.stages["short"]
+    for part in ("budgets", "space", "importance", "norms", "router", "objective", "optim"):
+        assert getattr(found, part) == getattr(wanted, part)
+    assert not found.members_given
+
+
+def test_members_alone_share_the_tokens_of_one_elastic_run() -> None:
+    """Every stage keeps its length, batch and rates; each is one member with its own norms."""
+    (together,) = configs("elastic")
+    alone = configs("separate")
+    assert [list(config.budgets) for config in alone] == [["medium"], ["small"]]
+    assert sum(map(trained_tokens, alone)) == trained_tokens(together)
+    for config, budget in zip(alone, ("medium", "small"), strict=True):
+        assert config.budgets[budget].architecture == FAMILY[budget]
+        assert config.norms.own and config.importance == together.importance
+        for name, stage in config.curriculum.stages.items():
+            whole = asdict(together.curriculum.stages[name])
+            changed = {k for k, value in asdict(stage).items() if value != whole[k]}
+            assert changed <= {"tokens", "draws", "budget_probabilities"}
+    published = configs("separate_sorted", study=study_of("main"))
+    assert all(c.importance.hidden == "sort" and not c.norms.own for c in published)
+
+
+def test_an_arm_may_train_the_family_of_the_first() -> None:
+    (config,) = configs("fixed", study=study_of("ablations"))
+    given = {name: budget.architecture for name, budget in config.budgets.items()}
+    assert given == FAMILY and config.members_given
+
+
+def test_the_untrained_arm_takes_a_step_that_changes_nothing() -> None:
+    (config,) = configs("untrained")
+    (stage,) = config.curriculum.stages.values()
+    assert stage.tokens == stage.batch_tokens and stage.model_lr < 1e-9
+
+
+def test_the_parent_is_trained_by_the_experiments_own_pretraining() -> None:
+    found = parent_settings(TINY, Path("p"))
+    wanted = parse(composed(["experiment=tiny", "run_dir=p"]), RunConfig)
+    assert found.curriculum.stages["pretrain"] == wanted.curriculum.stages["pretrain"]
+    for name in ("short", "long"):
+        stage = found.curriculum.stages[name]
+        assert stage.tokens == stage.batch_tokens
+
+
+def key(job: Job, study: StudySettings = TINY, parent: str = "x") -> str:
+    return job.key(parent, study)
+
+
+def test_figures_are_found_again_by_what_they_depend_on_alone(tmp_path: Path) -> None:
+    (job,) = jobs_of(TINY, "elastic", 0, PARENT, None)
+    (moved,) = jobs_of(TINY, "elastic", 0, tmp_path, None)
+    assert key(job) == key(moved)
+    others = [
+        jobs_of(TINY, "elastic", 1, PARENT, None)[0],
+        *jobs_of(TINY, "separate", 0, PARENT, FAMILY),
+        *jobs_of(TINY, "untrained", 0, PARENT, FAMILY),
+        *jobs_of(TINY, "all_budgets", 0, PARENT, FAMILY),
+    ]
+    longer = study_of("quick", "study.sequences=9")
+    keys = [key(job), key(job, parent="y"), key(job, longer), *map(key, others)]
+    assert len(set(keys)) == len(keys)
+    assert json.dumps(job.raw)  # plain values
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("study.run=[elastic,nothing]", "study.run=nothing: must be one of elastic, separate"),
+        ("study.run=[]", "study.run=[]: must be at least one arm"),
+        ("study.run=[elastic,elastic]", "study.run="),
+        ("study.seeds=[1,1]", "study.seeds=[1, 1]: must be different from one another"),
+        ("study.run=[separate,elastic]", "study.arms.separate=each_alone: must be without"),
+        ("study.run=[published,fixed]", "study.arms.fixed.family_of=elastic: must be null, or"),
+        ("jobs=0", "jobs=0: must be positive"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        study_of("quick", override)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)

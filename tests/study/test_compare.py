@@ -1,0 +1,79 @@
+"""Tables from figures: by hand, on a few documents."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from study.test_arms import TINY
+
+from elastic.evaluate.documents import mean_and_error
+from elastic.study.compare import Record, cost, rows, tables, write_tables
+
+DOCUMENTS = [100, 50, 150]
+STUDY = replace(TINY, run=["elastic", "separate"], seeds=[0, 1])
+
+
+def record(arm: str, seed: int, **kls: list[float]) -> Record:
+    """Sums over documents; the parent's loss is 2 nats per token."""
+    parent = [2.0 * count for count in DOCUMENTS]
+    members: dict[str, Any] = {
+        name: {
+            "params": 10 if name == "medium" else 5,
+            "architecture": {},
+            "loss": [p + 2 * value for p, value in zip(parent, values, strict=True)],
+            "kl": values,
+        }
+        for name, values in kls.items()
+    }
+    work = {"tokens": 10, "student_flops": 3.0, "teacher_flops": 2.0, "seconds": 1.0}
+    value = {"arm": arm, "seed": seed, "documents": DOCUMENTS, "members": members, **work}
+    return Record(value | {"parent": {"loss": parent}})
+
+
+RECORDS = [
+    record("elastic", 0, medium=[1.0, 0.5, 1.5], small=[2.0, 1.0, 3.0]),
+    record("elastic", 1, medium=[1.0, 0.6, 1.4], small=[2.0, 1.0, 3.0]),
+    record("separate", 0, medium=[1.5, 0.6, 1.9]),
+    record("separate", 0, small=[1.9, 0.9, 2.9]),
+    record("separate", 1, medium=[1.1, 0.8, 1.6]),
+    record("separate", 1, small=[2.5, 1.1, 3.1]),
+]
+
+
+def test_rows_are_means_over_seeds_with_paired_differences() -> None:
+    found = rows(STUDY, RECORDS)
+    assert [(row.arm, row.budget, row.seeds) for row in found] == [
+        ("elastic", "medium", 2), ("elastic", "small", 2),
+        ("separate", "medium", 2), ("separate", "small", 2),
+    ]  # fmt: skip
+    tokens = np.array(DOCUMENTS, dtype=float)
+    assert found[0].kl == pytest.approx(mean_and_error(np.array([1.0, 0.55, 1.45]), tokens))
+    assert found[0].difference is None and found[0].same_sign is None
+    assert found[0].relative == pytest.approx(2 * 3.0 / 600)
+    medium = found[2]
+    expected = mean_and_error((np.array([0.5, 0.1, 0.4]) + [0.1, 0.2, 0.2]) / 2, tokens)
+    assert medium.difference == pytest.approx(expected) and medium.same_sign
+    assert medium.by_seed == pytest.approx([4.0 / 300, 3.5 / 300])
+    small = found[3]
+    assert small.difference is not None and small.difference[0] > 0
+    assert small.same_sign is False, "the first seed has the other sign"
+
+
+def test_runs_of_one_arm_count_together() -> None:
+    assert cost(RECORDS)["separate"] == {
+        "tokens": 20.0, "student_flops": 6.0, "teacher_flops": 4.0, "seconds": 2.0,
+    }  # fmt: skip
+    assert cost(RECORDS)["elastic"]["tokens"] == 10
+
+
+def test_tables_are_written_with_the_figures_behind_them(tmp_path: Path) -> None:
+    path = write_tables(tmp_path / "docs", STUDY, RECORDS)
+    text = path.read_text()
+    assert all(line in text for line in tables(STUDY, RECORDS))
+    assert max(map(len, tables(STUDY, RECORDS))) <= 100
+    assert "tiny" in text and "2 seed(s), 300 tokens of 3 documents" in text
+    figures = json.loads(path.with_suffix(".json").read_text())
+    assert len(figures["rows"]) == 4 and figures["cost"]["separate"]["tokens"] == 20
