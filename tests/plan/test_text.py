@@ -104,8 +104,9 @@ CHANGES = [
     ["trainer.strategy=zero2"],
     ["trainer.num_nodes=1"],
     ["trainer.num_nodes=1", "trainer.micro_batch_tokens=null", "plan.gpus=[8,64]"],
-    ["plan.gpu_gib=70", "importance.batch_size=4"],
-    ["plan.gpu_gib=66", "trainer.num_nodes=8", "plan.gpus=[512,1024]"],
+    ["importance.batch_size=32"],
+    ["plan.gpu_gib=70", "importance.sequence_length=131072"],
+    ["plan.gpu_gib=66", "trainer.num_nodes=8", "plan.gpus=[512,1024]", "importance.batch_size=8"],
 ]
 
 
