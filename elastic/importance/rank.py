@@ -110,7 +110,8 @@ def rank(
         source: checkpoint of the unsorted parent.
         load: makes that parent, in float32; not called for scores that are there already.
         calibration: the same on every process, on the device that the parent is to run on.
-        dtype: of the matrices and their products.
+        dtype: of the matrices and their products; a ranking that is there serves any, so that a run
+            may be resumed with another.
         place: this process' share is that of its rank.
 
     Only what the space can drop or shrink needs a depth ranking.
@@ -120,9 +121,7 @@ def rank(
     """
     with first_alone(place):
         if place.rank == 0:
-            key = _key(
-                source, calibration, config, space, seed, data_fingerprint, seals, str(dtype)
-            )
+            key = _key(source, calibration, config, space, seed, data_fingerprint, seals)
             there = _is_there(path, key)
     if not from_first(place.rank == 0 and there):
         parent = make_ready(load(), calibration.widths.device, dtype)
@@ -151,7 +150,6 @@ def _key(
     seed: int,
     data_fingerprint: str,
     seals: Seals | None,
-    dtype: str,
 ) -> str:
     """What a ranking rests on."""
     return digest(
@@ -163,7 +161,6 @@ def _key(
             "dropped": space.max_dropped,
             "widths": space.choices["hidden"] if config.spread else None,
             "seed": seed,
-            "precision": dtype,
         }
     )
 

@@ -144,7 +144,6 @@ CHANGES = {
     "amount of data for depth": (
         lambda s: s | {"calibration": Calibration(TEXT.widths, TEXT.depth[:, :5])}
     ),
-    "precision": lambda s: s | {"dtype": torch.bfloat16},
     "seed": lambda s: s | {"seed": 1},
     "basis": lambda s: s | {"config": dataclasses.replace(CONFIG, spread=True)},
     "smallest depth": lambda s: s | {"space": space(depth=[6, 5, 3])},
@@ -177,6 +176,15 @@ def test_other_widths_use_the_same_scores(
     second = rank(**(setting | {"space": space(**axes)}))
     assert counter.look() == 0
     assert second.key == first.key and second.drop_order == first.drop_order
+
+
+def test_a_run_with_another_precision_goes_on_with_the_same_ranking(
+    setting: dict[str, Any],
+) -> None:
+    first = rank(**setting)
+    counter = Counter(setting["parent"])
+    assert same(rank(**(setting | {"dtype": torch.bfloat16})), first)
+    assert counter.look() == 0
 
 
 def test_stored_scores_order_heads_for_the_head_dim_at_hand(tmp_path: Path) -> None:
