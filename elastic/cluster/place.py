@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import ClusterEnvironment
+from torch import Tensor
 
 from elastic.config import ConfigError, TrainerConfig
 
@@ -73,6 +74,16 @@ def from_all(value: object) -> list:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def add_up(values: Tensor) -> None:
+    """Put the sum over all processes in the place of a tensor, on every process.
+
+    gloo and NCCL add in an order that follows from sizes and places, not from which process comes
+    first.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(values)
 
 
 def wait_for_all() -> None:

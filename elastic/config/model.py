@@ -234,9 +234,9 @@ class ImportanceConfig:
     samples: int = 1024
     """Calibration sequences for the width scores."""
     sequence_length: int = 8192
-    """Tokens per calibration sequence."""
+    """Tokens of each of them."""
     batch_size: int = 1
-    """Calibration sequences per forward pass."""
+    """Calibration sequences per forward pass and process."""
     hidden: str = "auto"
     """Basis of the residual stream: `rotate` to its principal directions, `sort` its coordinates
     (the paper), or `auto`: rotate, but sort where embedding and head are tied."""
@@ -253,6 +253,8 @@ class ImportanceConfig:
     """`iterative` drops the least important layer and ranks again; `one_pass` ranks once."""
     depth_samples: int = 64
     """Calibration sequences for the depth ranking."""
+    depth_sequence_length: int = 1024
+    """Tokens of each of them."""
     depth_positions: int = 256
     """Random positions per sequence at which logits are compared."""
     drop_attention: bool = False
@@ -266,6 +268,7 @@ class ImportanceConfig:
             "sequence_length",
             "batch_size",
             "depth_samples",
+            "depth_sequence_length",
             "depth_positions",
         ):
             require(getattr(self, name) > 0, f"importance.{name}", getattr(self, name), "positive")

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from elastic.cluster.place import ALONE, Place, add_up, from_first
 from elastic.config import ParentShape
+from elastic.importance.passes import gram
 from elastic.parent import HybridParent
 
 FINAL = "backbone.norm_f.weight"
@@ -51,8 +53,11 @@ def readers(shape: ParentShape, norm: str) -> list[str]:
 
 
 @torch.no_grad()
-def principal_directions(parent: HybridParent, covariances: Mapping[str, Tensor]) -> Tensor:
-    """Q (d, d) float64 on the CPU: column j is the j-th direction, the most important first.
+def principal_directions(
+    parent: HybridParent, covariances: Mapping[str, Tensor], place: Place = ALONE
+) -> Tensor:
+    """Q (d, d) float64 on the CPU: column j is the j-th direction, the most important first; the
+    same on every process.
 
     For one norm with covariance C of its normalised inputs and readers W (norm weights folded in),
     C^1/2 W^T W C^1/2 has the energy that the readers receive along each direction. The matrices of
@@ -61,24 +66,25 @@ def principal_directions(parent: HybridParent, covariances: Mapping[str, Tensor]
     width than eigenvectors of the summed covariances (docs/log.md, 2026-11-29).
 
     Args:
-        covariances: norm's stored name -> (d, d) float64.
+        covariances: norm's stored name -> (d, d) float64, of this process' share of the norms.
     """
     weights = dict(parent.named_parameters())
-    total = torch.zeros_like(next(iter(covariances.values())))
+    width, device = parent.shape.hidden_size, parent.lm_head.weight.device
+    total = torch.zeros(width, width, dtype=torch.float64, device=device)
     for norm, covariance in covariances.items():
         gain = weights[norm].detach().to(covariance)
         read = torch.zeros_like(covariance)
         for name in readers(parent.shape, norm):
-            weight = weights[name].detach().to(covariance.device)
-            weight = weight.float() if weight.is_cuda else weight.double()
-            read += (weight.T @ weight).double()
+            read += gram(weights[name])
         read *= gain[:, None] * gain
         root = _root(covariance)
         energy = root @ read @ root
         trace = energy.trace()
         if trace > 0:  # a block that reads nothing has no wish
             total += energy / trace
-    return directions_of(total)
+    add_up(total)
+    # Two processes need not turn equal eigenvalues alike.
+    return from_first(directions_of(total) if place.rank == 0 else None)
 
 
 def directions_of(energy: Tensor) -> Tensor:
@@ -168,7 +174,10 @@ class StreamStatistic:
 
     def __init__(self, norm: nn.Module, covariance: bool) -> None:
         self.eps, self.covariance = float(norm.eps), covariance  # type: ignore[arg-type]
-        self.total: Tensor | None = None
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
+        size = (len(weight),) * (2 if covariance else 1)
+        self.total = torch.zeros(size, dtype=torch.float64, device=weight.device)
 
     def add(self, x: Tensor) -> None:
         """(b, t, d): inputs of the norm. Products in float32 on a GPU, whose sums are float64."""
@@ -176,32 +185,39 @@ class StreamStatistic:
         flat = flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.eps)
         if not flat.is_cuda:
             flat = flat.double()
-        product = (flat.T @ flat if self.covariance else flat.square().sum(0)).double()
-        self.total = product if self.total is None else self.total.add_(product)
+        self.total += flat.T @ flat if self.covariance else flat.square().sum(0)
+
+    def share(self) -> None:
+        """Have what all processes have seen."""
+        add_up(self.total)
 
     @property
     def value(self) -> Tensor:
-        assert self.total is not None, "no batch was seen"
         return self.total
 
 
 class GatedStatistic:
     """Share of each unit in the input energy of a gated norm's group, (units,) float32."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, norm: nn.Module, groups: int) -> None:
         self.groups = groups
-        self.total: Tensor | None = None
-        self.tokens = 0
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
+        self.total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=weight.device)
 
     def add(self, gated: Tensor) -> None:
         """(b, t, units): inputs of the norm, gate applied."""
         power = gated.detach().float().square().unflatten(-1, (self.groups, -1))
         share = power / power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        batch = share.double().sum((0, 1)).flatten()
-        self.total = batch if self.total is None else self.total.add_(batch)
+        self.total += share.double().sum((0, 1)).flatten()
         self.tokens += math.prod(gated.shape[:2])
+
+    def share(self) -> None:
+        """Have what all processes have seen."""
+        add_up(self.total)
+        add_up(self.tokens)
 
     @property
     def value(self) -> Tensor:
-        assert self.total is not None, "no batch was seen"
         return (self.total / self.tokens).float().cpu()

@@ -1,8 +1,9 @@
-"""Forward passes over calibration text: statistics of every width axis, errors of every layer."""
+"""Forward passes over calibration text: statistics of every width axis, and of every norm's inputs.
 
-import logging
+Each process passes its part of the text; then all sums are added up.
+"""
+
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,38 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.cluster.place import ALONE, Place, add_up
 from elastic.config import ImportanceConfig
 from elastic.console import Bar
 from elastic.importance.basis import GatedStatistic, StreamStatistic, stream_norms
-from elastic.importance.score import normalised_error
-from elastic.members.architecture import Architecture, droppable_layers
+from elastic.importance.passes import enter, products, require_finite, through
 from elastic.parent import HybridParent
-
-log = logging.getLogger(__name__)
-
-Calibration = Tensor
-"""Calibration tokens: (samples, t) int64."""
 
 
 class _Statistic:
     """Sum over tokens of absolute activations, or the L2 norm over sequences of their mean."""
 
-    def __init__(self, aggregation: str) -> None:
+    def __init__(self, aggregation: str, size: tuple[int, ...], device: torch.device) -> None:
         self.aggregation = aggregation
-        self.total: Tensor | None = None
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(self, activations: Tensor) -> None:
         """(b, t, ...): one batch."""
         values = activations.detach().abs().double()
         if self.aggregation == "sum":
-            batch = values.sum(dim=(0, 1))
+            self.total += values.sum(dim=(0, 1))
         else:
-            batch = values.mean(dim=1).square().sum(dim=0)
-        self.total = batch if self.total is None else self.total + batch
+            self.total += values.mean(dim=1).square().sum(dim=0)
+
+    def share(self) -> None:
+        """Have what all processes have seen."""
+        add_up(self.total)
 
     @property
     def value(self) -> Tensor:
-        assert self.total is not None, "no batch was seen"
         total = self.total if self.aggregation == "sum" else self.total.sqrt()
         return total.float().cpu()
 
@@ -50,6 +48,16 @@ class _Statistic:
 def _heads_of(statistic: _Statistic, heads: int, part: slice) -> Callable[[Tensor], None]:
     """Add `part` of the last dimension to a statistic, as (..., heads, units per head)."""
     return lambda values: statistic.add(values[..., part].unflatten(-1, (heads, -1)))
+
+
+def _without_autocast(use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """What is measured is not rounded again: a covariance is a product."""
+
+    def used(values: Tensor) -> None:
+        with torch.autocast(values.device.type, enabled=False):
+            use(values)
+
+    return used
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ class Statistics:
     (h, p) for Mamba's x projection, (q, head_dim) for the input of attention's output matrix."""
     covariances: dict[str, Tensor]
     """Norm of the stream by its stored name -> (d, d) float64, of its normalised inputs; (d,), the
-    diagonal, where the stream is only sorted."""
+    diagonal, where the stream is only sorted. Of every n-th norm alone, n processes; where they
+    were measured."""
     gated: dict[str, Tensor]
     """Gated norm by its stored name -> (units,), shares of energy within each group."""
 
@@ -71,8 +80,12 @@ def _observing(
     parent: HybridParent, config: ImportanceConfig
 ) -> Iterator[tuple[dict[str, _Statistic], dict[str, StreamStatistic], dict[str, GatedStatistic]]]:
     """Hooks that add to the statistics while the block runs."""
-    shape = parent.shape
-    statistics = {"hidden": _Statistic(config.aggregation)}
+    shape, device = parent.shape, parent.lm_head.weight.device
+
+    def statistic_of(*size: int) -> _Statistic:
+        return _Statistic(config.aggregation, size, device)
+
+    statistics = {"hidden": statistic_of(shape.hidden_size)}
     rotates = config.rotates(shape.tied_head)
     norms: list[Any] = [*(block.norm for block in parent.backbone.layers), parent.backbone.norm_f]
     streams = {
@@ -83,9 +96,11 @@ def _observing(
     hooks = []
 
     def output_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
+        use = _without_autocast(use)
         hooks.append(module.register_forward_hook(lambda _m, _i, output: use(output)))
 
     def input_of(module: nn.Module, use: Callable[[Tensor], None]) -> None:
+        use = _without_autocast(use)
         hooks.append(module.register_forward_pre_hook(lambda _m, inputs: use(inputs[0])))
 
     for norm, stream in zip(norms, streams.values(), strict=True):
@@ -94,21 +109,23 @@ def _observing(
     block: Any  # nn.Module attributes have no types
     for index, block in enumerate(parent.backbone.layers):
         output_of(block.norm, statistics["hidden"].add)
-        statistic = statistics[f"layer.{index}"] = _Statistic(config.aggregation)
-        mixer = block.mixer
-        if block.kind == "mlp" and config.ffn_score == "post_activation":
-            input_of(mixer.down_proj, statistic.add)
-        elif block.kind == "mlp":
-            output_of(mixer.up_proj, statistic.add)
+        mixer, name = block.mixer, f"layer.{index}"
+        if block.kind == "mlp":
+            statistic = statistics[name] = statistic_of(shape.intermediate_size)
+            if config.ffn_score == "post_activation":
+                input_of(mixer.down_proj, statistic.add)
+            else:
+                output_of(mixer.up_proj, statistic.add)
         elif block.kind == "attention":
-            input_of(mixer.o_proj, _heads_of(statistic, shape.num_attention_heads, slice(None)))
+            heads = shape.num_attention_heads
+            statistic = statistics[name] = statistic_of(heads, shape.head_dim)
+            input_of(mixer.o_proj, _heads_of(statistic, heads, slice(None)))
         else:  # the x rows of in_proj follow those of z
-            inner = shape.mamba_num_heads * shape.mamba_head_dim
-            use = _heads_of(statistic, shape.mamba_num_heads, slice(inner, 2 * inner))
-            output_of(mixer.in_proj, use)
-            own = gated[f"backbone.layers.{index}.mixer.norm.weight"] = GatedStatistic(
-                shape.n_groups
-            )
+            heads, inner = shape.mamba_num_heads, shape.mamba_num_heads * shape.mamba_head_dim
+            statistic = statistics[name] = statistic_of(heads, shape.mamba_head_dim)
+            output_of(mixer.in_proj, _heads_of(statistic, heads, slice(inner, 2 * inner)))
+            own = GatedStatistic(mixer.norm, shape.n_groups)
+            gated[f"backbone.layers.{index}.mixer.norm.weight"] = own
             mixer.observe = own.add
     try:
         yield statistics, streams, gated
@@ -121,110 +138,43 @@ def _observing(
 
 
 @torch.no_grad()
-def collect(parent: HybridParent, calibration: Calibration, config: ImportanceConfig) -> Statistics:
-    """Statistics of every width axis (arXiv 2511.16664, section 3.1) and of every norm's inputs, by
-    forward passes alone."""
-    with _observing(parent, config) as (scores, streams, gated):
-        for batch in _progress(calibration[: config.samples].split(config.batch_size), "width"):
-            parent(batch)
-    found = Statistics(
-        {name: statistic.value for name, statistic in scores.items()},
-        {name: statistic.value for name, statistic in streams.items()},
-        {name: statistic.value for name, statistic in gated.items()},
-    )
-    for name in sorted(found.scores, key="hidden".__eq__):  # last: a layer says more
-        _require_finite(found.scores[name], f"scores of {name.replace('layer.', 'layer ')}")
-    for name, values in (*found.covariances.items(), *found.gated.items()):
-        _require_finite(values, f"energies before {name}")
-    return found
-
-
-def _require_finite(values: Tensor, what: str) -> None:
-    """Weights are finite when they are read: these have overflowed, and NaN would sort anywhere.
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    if not torch.isfinite(values).all():
-        raise ValueError(
-            f"importance: {what} are not finite on the calibration text, though the weights are; "
-            "activations overflow, and the parent cannot be ranked: use another one"
-        )
-
-
-@torch.no_grad()
-def rank_layers(
+def collect(
     parent: HybridParent,
-    calibration: Calibration,
+    calibration: Tensor,
     config: ImportanceConfig,
-    count: int,
-    generator: torch.Generator,
-) -> tuple[list[int], list[dict[int, float]]]:
-    """Layers to bypass, least important first, by the normalised MSE of the logits.
+    place: Place = ALONE,
+) -> Statistics:
+    """Statistics of every width axis (arXiv 2511.16664, section 3.1) and of every norm's inputs, by
+    forward passes alone.
 
-    `iterative` bypasses each remaining layer on trial, drops the one that changes the original
-    logits least, and repeats on the reduced model; `one_pass` ranks all by their first trial. The
-    logits are compared at random positions, the same for every trial.
-
-    Returns `count` layer indices, and the error of every trial per round.
+    Args:
+        parent: where it is to run, as `passes.make_ready` leaves it.
+        calibration: (samples, t) int64, the same on every process.
+        place: takes a part of it, and every n-th norm's covariance, n processes.
 
     Raises:
-        ConfigError: fewer than `count` layers may be dropped.
+        ValueError: a statistic is not finite.
     """
-    full = Architecture.full(parent.shape)
-    kinds = parent.shape.kinds
-    candidates = droppable_layers(parent.shape, config.drop_attention, config.drop_ends, count)
-    tokens = calibration[: config.depth_samples]
-    time_steps = tokens.shape[1]
-    positions = min(config.depth_positions, time_steps)
-    chosen = torch.stack(
-        [torch.randperm(time_steps, generator=generator)[:positions] for _ in tokens]
-    ).to(tokens.device)  # (samples, positions)
-
-    def logits(member: Architecture | None) -> Tensor:
-        parts = []
-        pairs = zip(tokens.split(config.batch_size), chosen.split(config.batch_size), strict=True)
-        for batch, places in pairs:
-            hidden = parent(batch, member)  # (b, t, d)
-            picked = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-            parts.append((picked @ parent.head_weight().T).float().cpu())
-        return torch.cat(parts)
-
-    reference = logits(None)
-    _require_finite(reference, "logits")
-    order: list[int] = []
-    rounds: list[dict[int, float]] = []
-    trials = (
-        len(candidates)
-        if config.depth_method == "one_pass"
-        else sum(len(candidates) - i for i in range(count))
+    batches = calibration[: config.samples].split(config.batch_size)
+    of, rank, layers = place.world_size, place.rank, range(len(parent.shape.kinds))
+    mine = batches[len(batches) * rank // of : len(batches) * (rank + 1) // of]
+    with _observing(parent, config) as (scores, streams, gated), products(parent):
+        for batch in Bar(mine, desc="rank width", disable=rank > 0 or not sys.stderr.isatty()):
+            parent.backbone.norm_f(through(parent, enter(parent, batch), layers))
+    for measured in (scores, streams, gated):
+        for statistic in measured.values():
+            statistic.share()
+    energies = {name: statistic.value for name, statistic in (streams | gated).items()}
+    found = {name: statistic.value for name, statistic in scores.items()}
+    named = sorted(found, key="hidden".__eq__)  # last: a layer says more
+    require_finite(
+        place,
+        [
+            *((f"scores of {name.replace('layer.', 'layer ')}", found[name]) for name in named),
+            *((f"energies before {name}", values) for name, values in energies.items()),
+        ],
     )
-    bar = Bar(total=trials if count else 0, desc="rank depth", disable=not sys.stderr.isatty())
-    while len(order) < count:
-        start = time.monotonic()
-        errors = {}
-        for layer in candidates:
-            if layer not in order:
-                reduced = logits(full.without({*order, layer}))
-                _require_finite(reduced, f"logits without {kinds[layer]} layer {layer}")
-                errors[layer] = normalised_error(reference, reduced)
-                bar.update()
-        rounds.append(errors)
-        ranked = sorted(errors, key=lambda layer: (errors[layer], layer))
-        order.extend(ranked[:count] if config.depth_method == "one_pass" else ranked[:1])
-        log.info(
-            "depth ranking: %d of %d layers, next is %s %d (error %.4f), %.1f s",
-            len(order),
-            count,
-            kinds[ranked[0]],
-            ranked[0],
-            errors[ranked[0]],
-            time.monotonic() - start,
-        )
-    bar.close()
-    return order, rounds
-
-
-def _progress(batches: tuple[Tensor, ...], what: str) -> Iterator[Tensor]:
-    """Batches under a progress bar with an ETA."""
-    yield from Bar(batches, desc=f"rank {what}", disable=not sys.stderr.isatty())
+    own = list(streams)[rank::of]
+    return Statistics(
+        found, {name: energies[name] for name in own}, {name: energies[name] for name in gated}
+    )

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from elastic.cluster.place import ALONE, Place, first_alone, from_all, from_first
 from elastic.config import ImportanceConfig, ParentShape
 from elastic.importance.basis import (
     energies,
@@ -22,7 +23,9 @@ from elastic.importance.basis import (
     spread,
     stream_norms,
 )
-from elastic.importance.collect import Statistics, collect, rank_layers
+from elastic.importance.collect import Statistics, collect
+from elastic.importance.depth import rank_layers
+from elastic.importance.passes import make_ready
 from elastic.importance.score import Orders, rank_widths
 from elastic.importance.sort import mamba_units
 from elastic.members.architecture import Space
@@ -34,6 +37,16 @@ from elastic.storage.seals import NAME, REMEDY, SealBroken, Seals
 from elastic.storage.writing import Pending, write_shard
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that a parent is ranked on."""
+
+    widths: Tensor
+    """(samples, t) int64."""
+    depth: Tensor
+    """(samples, t) int64, of another length."""
 
 
 @dataclass(frozen=True)
@@ -78,54 +91,88 @@ def fingerprint(store: TensorStore) -> str:
 def rank(
     source: Path,
     load: Callable[[], HybridParent],
-    calibration: Tensor,
+    calibration: Calibration,
     config: ImportanceConfig,
     space: Space,
     seed: int,
     data_fingerprint: str,
     path: Path,
     seals: Seals | None = None,
+    dtype: torch.dtype = torch.float32,
+    place: Place = ALONE,
 ) -> Ranking:
     """Scores of every axis, from `path` if they were computed from the same parent, data and
-    settings and are as they were written; sealed beside it.
+    settings and are as they were written; sealed beside it. To be called by all processes: the
+    first one looks and writes, all compute, and all read.
 
     Args:
         seals: the source's; see `open_weights`.
         source: checkpoint of the unsorted parent.
-        load: makes that parent, in evaluation mode, where it is to run; not called for scores that
-            are there already.
-        calibration: (samples, t) int64, where the parent is.
+        load: makes that parent, in float32; not called for scores that are there already.
+        calibration: the same on every process, on the device that the parent is to run on.
+        dtype: of the matrices and their products; a ranking that is there serves any, so that a run
+            may be resumed with another.
+        place: this process' share is that of its rank.
 
     Only what the space can drop or shrink needs a depth ranking.
+
+    Raises:
+        ValueError: the parent overflows on this text.
     """
-    key = digest(
+    with first_alone(place):
+        if place.rank == 0:
+            key = _key(source, calibration, config, space, seed, data_fingerprint, seals)
+            there = _is_there(path, key)
+    if not from_first(place.rank == 0 and there):
+        parent = make_ready(load(), calibration.widths.device, dtype)
+        statistics = collect(parent, calibration.widths, config, place)
+        tensors = _tensors(parent, statistics, config, space, seed, place)
+        del statistics
+        generator = torch.Generator().manual_seed(seed)
+        order, rounds = rank_layers(
+            parent, calibration.depth, config, space.max_dropped, generator, place
+        )
+        depth = json.dumps({"order": order, "rounds": rounds})
+        with first_alone(place):
+            if place.rank == 0:
+                _write(path, tensors, {"depth": depth, "key": key})
+                log.info("importance scores written to %s", path)
+    else:
+        log.info("importance scores reused from %s", path)
+    return read_ranking(path, space.shape, space.choices["mamba_head_dim"][-1])
+
+
+def _key(
+    source: Path,
+    calibration: Calibration,
+    config: ImportanceConfig,
+    space: Space,
+    seed: int,
+    data_fingerprint: str,
+    seals: Seals | None,
+) -> str:
+    """What a ranking rests on."""
+    return digest(
         {
             "parent": fingerprint(open_weights(source, seals)[1]),
             "data": data_fingerprint,
-            "calibration": list(calibration.shape),
+            "calibration": [list(calibration.widths.shape), list(calibration.depth.shape)],
             "settings": asdict(config),
             "dropped": space.max_dropped,
             "widths": space.choices["hidden"] if config.spread else None,
             "seed": seed,
         }
     )
+
+
+def _is_there(path: Path, key: str) -> bool:
+    """Whether a finished ranking with this key is there."""
     try:
         stored = _read(path)
     except SealBroken as error:
         log.warning("%s: ranking again", str(error).removesuffix(f"; {REMEDY}"))
-        stored = None
-    if stored is None or stored[1].get("key") != key:
-        parent = load()
-        statistics = collect(parent, calibration, config)
-        tensors = _tensors(parent, statistics, config, space, seed)
-        generator = torch.Generator().manual_seed(seed)
-        order, rounds = rank_layers(parent, calibration, config, space.max_dropped, generator)
-        depth = json.dumps({"order": order, "rounds": rounds})
-        _write(path, tensors, {"depth": depth, "key": key})
-        log.info("importance scores written to %s", path)
-    else:
-        log.info("importance scores reused from %s", path)
-    return read_ranking(path, space.shape, space.choices["mamba_head_dim"][-1])
+        return False
+    return stored is not None and stored[1].get("key") == key
 
 
 def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Ranking:
@@ -150,21 +197,31 @@ def read_ranking(path: Path, shape: ParentShape, smallest_head_dim: int) -> Rank
 
 
 def _tensors(
-    parent: HybridParent, statistics: Statistics, config: ImportanceConfig, space: Space, seed: int
+    parent: HybridParent,
+    statistics: Statistics,
+    config: ImportanceConfig,
+    space: Space,
+    seed: int,
+    place: Place,
 ) -> dict[str, Tensor]:
     """All that is stored of the widths: scores, energies as found and rotated, the rotation."""
-    tensors = dict(statistics.scores)
-    found = energies(statistics.covariances, None) | statistics.gated
-    tensors |= {f"found.{name}": energy for name, energy in found.items()}
+    covariances = statistics.covariances
+    found = _of_all(energies(covariances, None)) | statistics.gated
+    tensors = statistics.scores | {f"found.{name}": energy for name, energy in found.items()}
     if config.rotates(parent.shape.tied_head):
-        rotation = principal_directions(parent, statistics.covariances)
+        rotation = principal_directions(parent, covariances, place)
         if config.spread:
             generator = torch.Generator().manual_seed(seed)
             rotation = spread(rotation, space.choices["hidden"], generator)
-        turned = energies(statistics.covariances, rotation)
+        turned = _of_all(energies(covariances, rotation))
         tensors |= {f"energy.{name}": energy for name, energy in turned.items()}
         tensors["rotation"] = rotation.contiguous()
     return tensors
+
+
+def _of_all(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the processes have worked out of their norms, together."""
+    return {name: energy for share in from_all(mine) for name, energy in share.items()}
 
 
 def _energies(

@@ -65,8 +65,3 @@ def rank_widths(shape: ParentShape, scores: Mapping[str, Tensor], smallest_head_
         else:
             heads[index], channels[index] = mamba_orders(score, shape.n_groups, smallest_head_dim)
     return Orders(descending(scores["hidden"]), ffn, heads, channels, attention)
-
-
-def normalised_error(full: Tensor, reduced: Tensor) -> float:
-    """sum ||full - reduced||^2 / sum ||full||^2 over all logits (arXiv 2511.16664, section 3.1)."""
-    return float((full - reduced).double().square().sum() / full.double().square().sum())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic.config import ParentShape
-from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer
+from elastic.members.architecture import Architecture, AttentionLayer, Layer, MambaLayer, MLPLayer
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,20 @@ def flops_per_token(shape: ParentShape, architecture: Architecture, context: int
     input and readout of a (head_dim x state) matrix per head, 5 operations per element.
     """
     hidden = architecture.hidden_size
-    total = 2 * hidden * shape.vocab_size
+    layers = sum(layer_flops(shape, hidden, layer, context) for layer in architecture.layers)
+    return 2 * hidden * shape.vocab_size + layers
+
+
+def layer_flops(shape: ParentShape, hidden: int, layer: Layer, context: int) -> int:
+    """What one layer adds to `flops_per_token`."""
+    if isinstance(layer, MLPLayer):
+        return 4 * hidden * layer.intermediate_size
+    if isinstance(layer, AttentionLayer):
+        query, keys = layer.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+        # Scores and values over context / 2 keys on average.
+        return 2 * hidden * (2 * query + 2 * keys) + 2 * query * context
+    inner = layer.num_heads * layer.head_dim
     state = 2 * shape.n_groups * shape.ssm_state_size
-    for layer in architecture.layers:
-        if isinstance(layer, MLPLayer):
-            total += 4 * hidden * layer.intermediate_size
-        elif isinstance(layer, AttentionLayer):
-            query = layer.num_heads * shape.head_dim
-            total += 2 * hidden * (2 * query + 2 * shape.num_key_value_heads * shape.head_dim)
-            total += 2 * query * context  # scores and values over context / 2 keys on average
-        else:
-            inner = layer.num_heads * layer.head_dim
-            total += 2 * hidden * (2 * inner + state + layer.num_heads) + 2 * inner * hidden
-            total += 2 * (inner + state) * shape.conv_kernel
-            total += 5 * inner * shape.ssm_state_size
-    return total
+    projections = 2 * hidden * (2 * inner + state + layer.num_heads) + 2 * inner * hidden
+    scan = 5 * inner * shape.ssm_state_size
+    return projections + 2 * (inner + state) * shape.conv_kernel + scan

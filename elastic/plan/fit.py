@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic.config import ConfigError, ParentShape, PlanConfig
+from elastic.config import ConfigError, ParentShape, PlanConfig, StageConfig
 from elastic.config.training import STRATEGIES
 from elastic.members.architecture import Architecture, Space
 from elastic.plan.blocks import soft_axes
@@ -94,6 +94,11 @@ class Fit:
         return self.peak <= self.limit and max(self.host.values()) <= self.node_limit
 
 
+def _draws(stage: StageConfig, gpus: int) -> int:
+    """Draws of a step, of which every GPU has as many sequences."""
+    return math.gcd(stage.draws, max(1, stage.batch_tokens // (stage.sequence_length * gpus)))
+
+
 class Fitter:
     """Memory of setups of one run; what was worked out is kept."""
 
@@ -126,7 +131,8 @@ class Fitter:
         )
 
     def settings(self, setup: Setup) -> PlanConfig:
-        """The run's settings with this setup.
+        """The run's settings with this setup; on more GPUs than have a sequence of every draw, with
+        fewer draws.
 
         Raises:
             ConfigError: they contradict each other.
@@ -148,6 +154,13 @@ class Fitter:
             parent=replace(config.parent, activation_checkpointing=setup.checkpointing),
             objective=replace(
                 config.objective, teacher=setup.teacher, chunk_tokens=setup.chunk_tokens
+            ),
+            curriculum=replace(
+                config.curriculum,
+                stages={
+                    name: replace(stage, draws=_draws(stage, setup.gpus))
+                    for name, stage in config.curriculum.stages.items()
+                },
             ),
         )
 

@@ -281,21 +281,3 @@ def host_memory(config: RunConfig, shape: ParentShape) -> dict[str, float]:
     if trainer.offload_optimizer:  # masters, moments, gradients twice, and weights on their way
         running += (20 + (size if trainer.zero_stage < 3 else 0)) * count / trainer.world_size
     return {"start": processes * (4.0 * count + teacher), "run": processes * running}
-
-
-def ranking_memory(config: RunConfig, shape: ParentShape) -> float:
-    """Bytes on the first process's device while it ranks, alone and in float32."""
-    settings = config.importance
-    kernels = execution_of(config, settings.sequence_length).kernels
-    execution = Execution(kernels, 4, 4, settings.sequence_length)
-    blocks = blocks_of(shape, Architecture.full(shape), execution).values()
-    tokens = settings.batch_size * settings.sequence_length
-    worst = max(block.saved_bytes + block.forward_bytes for block in blocks)
-    return 4.0 * held_parameters(shape) + tokens * worst + covariance_memory(config, shape)
-
-
-def covariance_memory(config: RunConfig, shape: ParentShape) -> float:
-    """Bytes of what ranking keeps of every norm of the stream, in float64: its covariance, or its
-    diagonal where the stream is only sorted."""
-    norms, width = len(shape.pattern) + 1, shape.hidden_size
-    return 8.0 * norms * width * (width if config.importance.rotates(shape.tied_head) else 1)

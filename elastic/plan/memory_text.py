@@ -51,8 +51,7 @@ def _configured(plan: dict[str, Any]) -> str:
         )
     fits = "fits" if found["ranking_bytes"] <= found["limit_bytes"] else "DOES NOT FIT"
     sentences.append(
-        f"Ranking, by the first process alone, in float32: {amount(found['ranking_bytes'])}, "
-        f"{fits}."
+        f"Ranking, on every {plan['device']}: {amount(found['ranking_bytes'])}, {fits}."
     )
     return lines(*sentences)
 

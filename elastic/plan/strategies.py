@@ -7,7 +7,8 @@ from typing import Any
 from elastic.config import ConfigError
 from elastic.config.training import STRATEGIES
 from elastic.plan.fit import GIB, Fitter, Setup
-from elastic.plan.memory import on_gpu, ranking_memory
+from elastic.plan.memory import on_gpu
+from elastic.plan.ranking import ranking_memory
 
 
 def memory(fitter: Fitter) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def memory(fitter: Fitter) -> dict[str, Any]:
         "precision": config.trainer.precision,
         "parameters": fitter.parameters,
         "configured": _row(fitter, configured),
-        "ranking_bytes": ranking_memory(config, fitter.shape),
+        "ranking_bytes": ranking_memory(config, fitter.shape).peak,
         "gpus": [_count(fitter, replace(configured, gpus=count)) for count in counts],
     }
 

@@ -37,7 +37,7 @@ def _verdict(plan: dict[str, Any]) -> str:
         )
     if "ranking" in found["short_of"]:
         needs = amount(plan["memory"]["ranking_bytes"])
-        said.append(labelled("ranking", f"{needs} on the first {plan['device']}, alone"))
+        said.append(labelled("ranking", f"{needs} on every {plan['device']}, before it trains"))
     said += _change(found)
     changed = ", with the change" if found["change"] else ""
     if found["days"] is None:
@@ -186,7 +186,11 @@ def _time(plan: dict[str, Any], large: bool) -> Iterator[str]:
     work, settings = plan["training"], plan["settings"]
     on_gpu = plan["device"] == "GPU"
     yield f"TIME  {work['gpus']} {counted(plan, work['gpus'])}, as configured"
-    rows = []
+    ranking = work["ranking"]
+    rows = [
+        ["ranking", count(ranking["width_tokens"]), *"----", f"{ranking['flops']:.3g}", *"---"]
+        + ([_hours(ranking["gpu_hours"])] if on_gpu else [])
+    ]
     for stage in work["stages"]:
         rows.append(
             [
@@ -213,6 +217,12 @@ def _time(plan: dict[str, Any], large: bool) -> Iterator[str]:
     )
     yield f"{table(header, rows)}\n{note}"
     notes = [f"{work['flops']:.3g} FLOPs, {count(work['elastic_tokens'])} tokens for the family."]
+    within = f" {_duration(ranking['days'])}, and the eigenproblems of the basis." if on_gpu else ""
+    notes.append(
+        f"Ranking, on all {counted(plan, 2)}: widths {ranking['widths']:.3g} FLOPs, "
+        f"{ranking['trials']} trials of layers on {count(ranking['depth_tokens'])} tokens "
+        f"{ranking['depth']:.3g}.{within}"
+    )
     if on_gpu and settings["gpus"]:
         numbers = sorted({work["gpus"], *settings["gpus"]})
         each = ", ".join(

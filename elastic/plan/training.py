@@ -8,7 +8,9 @@ from elastic.config import ParentShape, PlanConfig, RunConfig
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token
 from elastic.plan.memory import on_gpu
+from elastic.plan.ranking import ranking_work
 from elastic.routing.curriculum import Stage, budget_probabilities, plan
+from elastic.routing.sizes import Sizes
 
 SEPARATE_TOKENS, SCRATCH_TOKENS = 750e9, 40e12
 """6B and 9B by sequential compression, and pretrained from scratch (arXiv 2511.16664, table 2)."""
@@ -105,10 +107,11 @@ def cost_of(config: PlanConfig, hours: float) -> float | None:
 
 
 def training(
-    config: PlanConfig, shape: ParentShape, members: Mapping[str, Architecture]
+    config: PlanConfig, sizes: Sizes, members: Mapping[str, Architecture]
 ) -> dict[str, Any]:
-    """All stages and their sums, as JSON."""
-    stages = []
+    """Ranking, all stages and their sums, as JSON."""
+    shape, stages = sizes.space.shape, []
+    ranking = _ranking(config, sizes)
     for stage in plan(config.curriculum.stages, config.trainer, list(members)):
         work = stage_work(config, shape, stage, members)
         hours = gpu_hours(config, work.flops)
@@ -116,13 +119,14 @@ def training(
             asdict(work) | {"mode": stage.config.mode, "flops": work.flops, "gpu_hours": hours}
         )
     elastic = sum(stage["tokens"] for stage in stages if stage["mode"] == "elastic")
-    hours = sum(stage["gpu_hours"] for stage in stages)
+    hours = ranking["gpu_hours"] + sum(stage["gpu_hours"] for stage in stages)
     return {
+        "ranking": ranking,
         "stages": stages,
         "gpus": config.trainer.world_size,
         "tokens": sum(stage["tokens"] for stage in stages),
         "elastic_tokens": elastic,
-        "flops": sum(stage["flops"] for stage in stages),
+        "flops": ranking["flops"] + sum(stage["flops"] for stage in stages),
         "gpu_hours": hours,
         "days": hours / config.trainer.world_size / 24,
         "cost": cost_of(config, hours),
@@ -131,3 +135,11 @@ def training(
         "separate_over_elastic": SEPARATE_TOKENS / elastic if elastic else None,
         "scratch_over_elastic": SCRATCH_TOKENS / elastic if elastic else None,
     }
+
+
+def _ranking(config: PlanConfig, sizes: Sizes) -> dict[str, Any]:
+    """Of ranking; all GPUs are taken until the busiest one is done."""
+    work = ranking_work(config, sizes)
+    hours = gpu_hours(config, work.busiest * config.trainer.world_size)
+    days = hours / config.trainer.world_size / 24
+    return asdict(work) | {"flops": work.flops, "gpu_hours": hours, "days": days}

@@ -6,16 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 from elastic.cluster.start import start_command
-from elastic.config import PlanConfig
+from elastic.config import ImportanceConfig, PlanConfig
 from elastic.plan.fit import Fitter
-from elastic.plan.memory import on_gpu, ranking_memory
+from elastic.plan.memory import on_gpu
+from elastic.plan.ranking import ranking_memory
 from elastic.plan.training import training
+from elastic.routing.sizes import Sizes
 
 SHORTEST = 256
 """Tokens of a calibration sequence below which no plan goes."""
 
 
-def verdict(fitter: Fitter, memory: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def verdict(
+    fitter: Fitter, sizes: Sizes, memory: dict[str, Any], settings: Sequence[str]
+) -> dict[str, Any]:
     """As JSON; `memory` is that of `strategies.memory`, `settings` are those of the command line.
 
     Days, hours, cost and command are those of the run with the changes, where some make it fit;
@@ -30,10 +34,12 @@ def verdict(fitter: Fitter, memory: dict[str, Any], settings: Sequence[str]) -> 
         found = fitter.smallest_change(setup)
         setup, changes = found or (setup, None)
     ranking = _ranking_change(fitter)
-    changes = None if changes is None or ranking is None else [*changes, *ranking]
-    if changes:
-        config = fitter.settings(setup)
-    work = training(config, fitter.shape, fitter.members)
+    if changes is None or ranking is None:
+        changes = None
+    else:
+        changes += _changed(config.importance, ranking)
+        config = replace(fitter.settings(setup) if changes else config, importance=ranking)
+    work = training(config, sizes, fitter.members)
     timed = on_gpu(config)
     return {
         "fits": fits,
@@ -48,8 +54,20 @@ def verdict(fitter: Fitter, memory: dict[str, Any], settings: Sequence[str]) -> 
         "days": work["days"] if timed else None,
         "cost": work["cost"],
         "flops": work["flops"],
-        "command": None if changes is None else _command(config, settings, changes),
+        "command": None
+        if changes is None
+        else _command(config, settings, [*changes, *_draws(fitter, config)]),
     }
+
+
+def _draws(fitter: Fitter, config: PlanConfig) -> list[str]:
+    """Stages with fewer draws than the settings ask for, as a command line has them."""
+    asked = fitter.config.curriculum.stages
+    return [
+        f"curriculum.stages.{name}.draws={stage.draws}"
+        for name, stage in config.curriculum.stages.items()
+        if stage.draws != asked[name].draws
+    ]
 
 
 def _short_of(fitter: Fitter, memory: dict[str, Any]) -> list[str]:
@@ -65,31 +83,35 @@ def _short_of(fitter: Fitter, memory: dict[str, Any]) -> list[str]:
     return short
 
 
-def _ranking_change(fitter: Fitter) -> list[str] | None:
-    """Settings with which ranking fits: smaller passes, then shorter sequences; [] if it does, None
-    if nothing helps."""
+def _ranking_change(fitter: Fitter) -> ImportanceConfig | None:
+    """Settings with which ranking fits: smaller passes, then shorter sequences; its own if it does,
+    None if nothing helps."""
     config = fitter.config
     settings = config.importance
-    tries = [(settings.batch_size, settings.sequence_length), (1, settings.sequence_length)]
-    while tries[-1][1] // 2 >= SHORTEST:
-        tries.append((1, tries[-1][1] // 2))
-    for batch, length in tries:
-        tried = replace(settings, batch_size=batch, sequence_length=length)
-        needed = ranking_memory(replace(config, importance=tried), fitter.shape)
+    tries = [settings, replace(settings, batch_size=1)]
+    while (length := tries[-1].sequence_length // 2) >= SHORTEST:
+        depth = min(settings.depth_sequence_length, length)
+        tries.append(replace(tries[-1], sequence_length=length, depth_sequence_length=depth))
+    for tried in tries:
+        needed = ranking_memory(replace(config, importance=tried), fitter.shape).peak
         if needed <= fitter.limit:
-            changed = {"batch_size": batch, "sequence_length": length}
-            return [
-                f"importance.{name}={value}"
-                for name, value in changed.items()
-                if value != getattr(settings, name)
-            ]
+            return tried
     return None
+
+
+def _changed(before: ImportanceConfig, after: ImportanceConfig) -> list[str]:
+    """Settings that differ, as a command line has them."""
+    return [
+        f"importance.{name}={getattr(after, name)}"
+        for name in ("batch_size", "sequence_length", "depth_sequence_length")
+        if getattr(after, name) != getattr(before, name)
+    ]
 
 
 def _command(config: PlanConfig, settings: Sequence[str], changes: Sequence[str]) -> str:
     """The line that starts the run with the changes; `config` has them already."""
     added = [change for change in changes if "=" in change]
-    if len(added) < len(changes):  # more GPUs
+    if len(added) < len(changes):  # another number of GPUs
         trainer = config.trainer
         added += [f"trainer.num_nodes={trainer.num_nodes}", f"trainer.devices={trainer.devices}"]
     replaced = {change.split("=")[0] for change in added}

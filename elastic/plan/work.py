@@ -39,10 +39,10 @@ def make_plan(config: PlanConfig, settings: Sequence[str] = ()) -> dict[str, Any
         "name": config.name,
         "device": "GPU" if on_gpu(config) else "process",
         "settings": asdict(config.plan),
-        "verdict": verdict(fitter, amounts, settings),
+        "verdict": verdict(fitter, sizes, amounts, settings),
         "family": _family(config, shape, sizes, members),
         "memory": amounts,
-        "training": training(config, shape, members),
+        "training": training(config, sizes, members),
     }
 
 

@@ -129,7 +129,9 @@ class Study:
                 while waiting and len(running) < self.config.jobs:
                     job = waiting.pop(0)
                     ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=answer, args=(theirs, self._task(job)))
+                    process: BaseProcess = context.Process(
+                        target=answer, args=(theirs, self._task(job))
+                    )
                     process.start()
                     theirs.close()
                     running[ours] = job, process

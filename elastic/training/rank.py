@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 
 from elastic.cluster.place import first_alone
-from elastic.importance import Ranking, is_sorted, rank, read_ranking, sort_checkpoint
+from elastic.importance import Ranking, is_sorted, rank, sort_checkpoint
 from elastic.parent import HybridParent
 from elastic.storage.files import atomic_directory
+from elastic.teacher.online import weight_dtype
 from elastic.training.build import load
 from elastic.training.setup import Setup
 from elastic.training.text import calibration_text
@@ -20,23 +21,20 @@ def scores_of(setup: Setup) -> Path:
 
 
 def rank_parent(setup: Setup) -> Ranking:
-    """Rank on the first process; the others read what it has written."""
-    scores = scores_of(setup)
-    with first_alone(setup.place):
-        if setup.place.rank != 0:
-            smallest_head_dim = setup.space.choices["mamba_head_dim"][-1]
-            return read_ranking(scores, setup.shape, smallest_head_dim)
-        ranking = rank(
-            setup.original,
-            lambda: load(setup, setup.original).to(setup.device).eval(),
-            calibration_text(setup).to(setup.device),
-            setup.config.importance,
-            setup.space,
-            setup.config.seed,
-            setup.data.fingerprint,
-            scores,
-            setup.seals,
-        )
+    """Rank on all processes, in the type in which the run makes its products."""
+    ranking = rank(
+        setup.original,
+        lambda: load(setup, setup.original),
+        calibration_text(setup),
+        setup.config.importance,
+        setup.space,
+        setup.config.seed,
+        setup.data.fingerprint,
+        scores_of(setup),
+        setup.seals,
+        weight_dtype(setup.config.trainer.precision),
+        setup.place,
+    )
     what = "coordinates" if ranking.orders.rotation is None else "directions"
     for width, share in list(ranking.shares(setup.space).items())[1:]:
         log.info(

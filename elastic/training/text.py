@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from elastic.data import PackedTokens, TextDataModule
+from elastic.importance import Calibration
 from elastic.routing.curriculum import Stage
 from elastic.training.setup import Setup
 
@@ -30,14 +31,22 @@ def stage_text(setup: Setup, stage: Stage, start_micro_step: int) -> TextDataMod
     )
 
 
-def calibration_text(setup: Setup) -> Tensor:
-    """Calibration sequences (samples, t) int64, spread evenly over the training text.
+def calibration_text(setup: Setup) -> Calibration:
+    """What the parent is ranked on, spread evenly over the training text; on the run's device.
 
     Raises:
-        ConfigError: the text is shorter than one of them.
+        ConfigError: the text is shorter than one sequence.
     """
     settings = setup.config.importance
-    names = {"setting": "importance.sequence_length", "text": "training text"}
-    windows = PackedTokens(setup.data.train, settings.sequence_length, **names)
-    count = min(max(settings.samples, settings.depth_samples), len(windows))
-    return torch.stack([windows[i * len(windows) // count][:-1] for i in range(count)])
+
+    def spread(samples: int, length: int, setting: str) -> Tensor:
+        names = {"setting": f"importance.{setting}", "text": "training text"}
+        windows = PackedTokens(setup.data.train, length, **names)
+        count = min(samples, len(windows))
+        rows = [windows[i * len(windows) // count][:-1] for i in range(count)]
+        return torch.stack(rows).to(setup.device)
+
+    return Calibration(
+        spread(settings.samples, settings.sequence_length, "sequence_length"),
+        spread(settings.depth_samples, settings.depth_sequence_length, "depth_sequence_length"),
+    )

@@ -19,7 +19,7 @@ from elastic.members.targets import check_reachable, targets_of
 GROUPS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "debug", "bench")
+    if path.parent.name not in ("experiment", "debug", "bench", "study")
 )
 NANO = ("nano_v2_12b", "nano_v2_9b")
 RANDOM = ("1b", "3b")

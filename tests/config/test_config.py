@@ -58,7 +58,9 @@ RULES: list[tuple[str, Any, str]] = [
     # importance
     *(
         (f"importance.{name}", 0, POSITIVE)
-        for name in "samples sequence_length batch_size depth_samples depth_positions".split()
+        for name in (
+            "samples sequence_length batch_size depth_samples depth_sequence_length depth_positions"
+        ).split()
     ),
     ("importance.ffn_score", "x", "one of post_activation, pre_activation"),
     ("importance.aggregation", "max", "one of sum, mean_l2"),

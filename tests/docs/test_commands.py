@@ -41,6 +41,7 @@ SMALLER = {
         "samples": 4,
         "sequence_length": 64,
         "depth_samples": 2,
+        "depth_sequence_length": 64,
         "depth_positions": 16,
     },
     "data/stdlib.yaml": {"validation_sequences": 2},

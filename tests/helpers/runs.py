@@ -59,6 +59,7 @@ CALIBRATION = [
     "importance.samples=16",
     "importance.sequence_length=64",
     "importance.depth_samples=8",
+    "importance.depth_sequence_length=64",
     "importance.depth_positions=16",
 ]
 

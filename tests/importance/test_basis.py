@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import NemotronHForCausalLM
 
 from elastic.config import ConfigError, ImportanceConfig, ParentShape, SpaceConfig
-from elastic.importance import rank, sort_checkpoint, sort_parent
+from elastic.importance import Calibration, rank, sort_checkpoint, sort_parent
 from elastic.importance.basis import (
     check_rotation,
     directions_of,
@@ -231,7 +231,7 @@ def test_energies_are_those_of_a_second_pass(tmp_path: Path, hidden: str) -> Non
     ranking = rank(
         tmp_path / "parent",
         lambda: load_parent(tmp_path / "parent"),
-        tokens,
+        Calibration(tokens, tokens),
         dataclasses.replace(CONFIG, hidden=hidden, depth_samples=4),
         Space.build(SpaceConfig(hidden=[13, 8]), SHAPE),
         0,

@@ -3,6 +3,7 @@
 Forward passes of the parent are counted; files are compared before and after.
 """
 
+import copy
 import dataclasses
 import importlib
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from elastic.config import ImportanceConfig, SpaceConfig
-from elastic.importance import Orders, Ranking, read_ranking
+from elastic.importance import Calibration, Orders, Ranking, read_ranking
 from elastic.importance import rank as rank_checkpoint
 from elastic.members.architecture import Space
 from elastic.members.cut import tensor_shapes
@@ -29,6 +30,7 @@ rank_module = importlib.import_module("elastic.importance.rank")  # the name `ra
 
 SHAPE = tiny_shape(pattern="M-*M-M")
 CONFIG = ImportanceConfig(samples=4, batch_size=2, depth_samples=4)
+TEXT = Calibration(random_tokens(SHAPE, batch=4), random_tokens(SHAPE, batch=4, time=7, seed=1))
 
 
 def space(**axes: list[int]) -> Space:
@@ -36,19 +38,19 @@ def space(**axes: list[int]) -> Space:
 
 
 def rank(parent: HybridParent, path: Path, **arguments: Any) -> Ranking:
-    """Of a parent as it is now: it is written, and loaded when asked for."""
+    """Of a parent as it is now: it is written, and a copy is loaded when asked for."""
     source = path.parent.parent / "parent"
     source.mkdir(parents=True, exist_ok=True)
     save_parent(parent, source)
-    return rank_checkpoint(source, lambda: parent, path=path, **arguments)
+    return rank_checkpoint(source, lambda: copy.deepcopy(parent), path=path, **arguments)
 
 
 class Counter:
-    """How often a parent ran since the last look."""
+    """How often a parent ran since the last look, by its first layer."""
 
     def __init__(self, parent: HybridParent) -> None:
         self.calls = 0
-        parent.register_forward_pre_hook(lambda *_: self.add())
+        parent.backbone.layers[0].register_forward_pre_hook(lambda *_: self.add())
 
     def add(self) -> None:
         self.calls += 1
@@ -63,7 +65,7 @@ def setting(tmp_path: Path) -> dict[str, Any]:
     """Arguments of `rank`."""
     return {
         "parent": random_parent(SHAPE),
-        "calibration": random_tokens(SHAPE, batch=4),
+        "calibration": TEXT,
         "config": CONFIG,
         "space": space(),
         "seed": 0,
@@ -138,7 +140,10 @@ CHANGES = {
     "weights": changed_weight,
     "settings": lambda s: s | {"config": dataclasses.replace(CONFIG, aggregation="mean_l2")},
     "data": lambda s: s | {"data_fingerprint": "other text"},
-    "amount of data": lambda s: s | {"calibration": s["calibration"][:3]},
+    "amount of data": lambda s: s | {"calibration": Calibration(TEXT.widths[:3], TEXT.depth)},
+    "amount of data for depth": (
+        lambda s: s | {"calibration": Calibration(TEXT.widths, TEXT.depth[:, :5])}
+    ),
     "seed": lambda s: s | {"seed": 1},
     "basis": lambda s: s | {"config": dataclasses.replace(CONFIG, spread=True)},
     "smallest depth": lambda s: s | {"space": space(depth=[6, 5, 3])},
@@ -171,6 +176,15 @@ def test_other_widths_use_the_same_scores(
     second = rank(**(setting | {"space": space(**axes)}))
     assert counter.look() == 0
     assert second.key == first.key and second.drop_order == first.drop_order
+
+
+def test_a_run_with_another_precision_goes_on_with_the_same_ranking(
+    setting: dict[str, Any],
+) -> None:
+    first = rank(**setting)
+    counter = Counter(setting["parent"])
+    assert same(rank(**(setting | {"dtype": torch.bfloat16})), first)
+    assert counter.look() == 0
 
 
 def test_stored_scores_order_heads_for_the_head_dim_at_hand(tmp_path: Path) -> None:

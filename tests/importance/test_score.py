@@ -1,8 +1,5 @@
 """Activation statistics -> orders: each rule beside the same rule written out in plain Python."""
 
-import math
-
-import pytest
 import torch
 from helpers.strategies import shapes, tiny_shape
 from hypothesis import given
@@ -13,7 +10,6 @@ from elastic.config import ParentShape
 from elastic.importance.score import (
     descending,
     mamba_orders,
-    normalised_error,
     rank_widths,
     within_groups,
 )
@@ -144,26 +140,3 @@ def test_mamba_heads_of_a_parent_are_ranked_for_the_smallest_head_dim() -> None:
     scores = {"hidden": torch.ones(13), "layer.0": torch.tensor([[3.0, 4.0], [4.0, 0.0]])}
     assert rank_widths(shape, scores, 1).mamba_heads[0].tolist() == [1, 0]
     assert rank_widths(shape, scores, 2).mamba_heads[0].tolist() == [0, 1]
-
-
-# Depth
-
-
-def test_normalised_error_by_hand() -> None:
-    full, reduced = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 6.0]])
-    assert normalised_error(full, reduced) == pytest.approx((1 + 4) / (9 + 16))
-    assert normalised_error(reduced, full) == pytest.approx((1 + 4) / (4 + 36))
-    assert normalised_error(full, full) == 0.0
-    assert normalised_error(full, torch.zeros(1, 2)) == 1.0
-
-
-def test_normalised_error_sums_before_it_divides() -> None:
-    """Not a mean of ratios: a position with small logits counts little."""
-    full, reduced = torch.tensor([[1.0], [100.0]]), torch.tensor([[2.0], [100.0]])
-    assert math.isclose(normalised_error(full, reduced), 1 / 10_001, rel_tol=1e-6)
-
-
-def test_normalised_error_ignores_the_scale_of_the_logits() -> None:
-    full, reduced = torch.randn(5, 7), torch.randn(5, 7)
-    expected = normalised_error(full, reduced)
-    assert normalised_error(8 * full, 8 * reduced) == pytest.approx(expected, rel=1e-6)

@@ -28,6 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_prints_and_writes_the_same_plan(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "plan.json"
     wasteful = ["trainer.strategy=zero2", "objective.teacher=replicated"]
+    wasteful += [f"curriculum.stages.{stage}.draws=1" for stage in ("short", "long")]
     done = run("experiment=nano_v2_12b", *wasteful, "plan.gpus=[8]", f"json={path}")
     assert (done.returncode, done.stderr) == (0, "")
     written = json.loads(path.read_text())
@@ -37,7 +38,8 @@ def test_the_command_prints_and_writes_the_same_plan(tmp_path: Path) -> None:
     for words in ("12,310,001,152", "8 GPUs", "It fits with", "GiB", "it fits with"):
         assert words in done.stdout
     changes = "trainer.strategy=zero3 objective.teacher=zero3"
-    assert written["verdict"]["command"].endswith(f" experiment=nano_v2_12b {changes}")
+    command = written["verdict"]["command"]
+    assert " experiment=nano_v2_12b " in command and command.endswith(f" {changes}")
 
 
 @pytest.mark.parametrize("name", ["nano_v2_12b", "nano_v2_9b"])

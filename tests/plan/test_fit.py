@@ -105,7 +105,8 @@ def test_the_change_makes_it_fit_and_less_does_not(
     gpus: int, checkpointing: bool, strategy: str
 ) -> None:
     """The words are applied as a user would, all of them and all but one."""
-    fitter = fitter_of(plan_settings(REAL, "objective.teacher=replicated"))
+    whole = [f"curriculum.stages.{stage}.draws=1" for stage in ("short", "long")]
+    fitter = fitter_of(plan_settings(REAL, "objective.teacher=replicated", *whole))
     setup = dataclasses.replace(
         fitter.configured, gpus=gpus, strategy=strategy, checkpointing=checkpointing
     )

@@ -18,12 +18,11 @@ from helpers.strategies import tiny_shape
 from elastic.bench.subjects import TrainingStep, autocast
 from elastic.cluster import strategies
 from elastic.config import OptimConfig, ParentShape, RunConfig, SpaceConfig
-from elastic.importance.collect import collect
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
 from elastic.members.targets import smaller_budgets, targets_of
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
-from elastic.plan.memory import Run, covariance_memory, pass_memory, static_memory
+from elastic.plan.memory import Run, pass_memory, static_memory
 from elastic.routing.masks import hard_keep
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
@@ -237,14 +236,3 @@ def test_zero_partitions_what_its_stage_says() -> None:
     assert parts("zero3", 2) == (1, 2, 6)
     assert parts("zero3", 8) == (0.25, 0.5, 1.5)
     assert parts("zero2", 8, offload=True) == (2, 0, 0)
-
-
-@pytest.mark.parametrize("hidden", ["rotate", "sort"])
-def test_what_ranking_keeps_of_norms_is_counted(hidden: str) -> None:
-    config = base(False)
-    config.importance = dataclasses.replace(config.importance, hidden=hidden, samples=1)
-    shape = config.parent.shape
-    parent = HybridParent(shape).initialise(torch.Generator().manual_seed(0))
-    tokens = torch.zeros(1, 4, dtype=torch.int64)
-    found = collect(parent, tokens, config.importance).covariances
-    assert covariance_memory(config, shape) == sum(each.nbytes for each in found.values())

@@ -19,6 +19,7 @@ from elastic.plan.work import make_plan
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 FIVE = {
+    "small": "+budgets={a:{params:0.85},b:{params:0.65}}",
     "tiny": "+budgets={a_long_name_of_a_budget_that_nobody_shortened:{params:0.8},x:{params:0.65}}",
     "tiny_heterogeneous": "+budgets={a:{params:0.85},b:{params:0.65}}",
     "medium": "+budgets={a:{params:0.85},b:{params:0.65}}",
@@ -45,8 +46,9 @@ def cases() -> list[tuple[str, ...]]:
 
 def of(*overrides: str) -> dict[str, Any]:
     """A plan that knows what was set, as the command makes it; the 8-process batch fits tiny."""
-    fitting = "curriculum.stages.long.batch_tokens=8192"
-    needed = [fitting] if "tiny" in overrides[0] and "trainer=gpu" in overrides else []
+    fitting = [f"curriculum.stages.{stage}.batch_tokens=8192" for stage in ("short", "long")]
+    small = any(name in overrides[0] for name in ("tiny", "=small"))
+    needed = fitting if small and "trainer=gpu" in overrides else []
     return make_plan(plan_settings(*overrides, *needed), [*overrides, *needed])
 
 
@@ -101,11 +103,12 @@ def test_on_processes_there_are_no_gpu_hours_and_no_cost() -> None:
 
 
 CHANGES = [
-    ["trainer.strategy=zero2"],
+    ["trainer.strategy=zero2", "curriculum.stages.short.draws=1", "curriculum.stages.long.draws=1"],
     ["trainer.num_nodes=1"],
     ["trainer.num_nodes=1", "trainer.micro_batch_tokens=null", "plan.gpus=[8,64]"],
-    ["plan.gpu_gib=70", "importance.batch_size=4"],
-    ["plan.gpu_gib=66", "trainer.num_nodes=8", "plan.gpus=[512,1024]"],
+    ["importance.batch_size=32"],
+    ["plan.gpu_gib=70", "importance.sequence_length=131072"],
+    ["plan.gpu_gib=66", "trainer.num_nodes=8", "plan.gpus=[512,1024]", "importance.batch_size=8"],
 ]
 
 
