@@ -26,15 +26,15 @@ WEIGHT = 1e6
 """Factors of a loss and rates: float32 has seven digits, a larger one drowns all others."""
 
 _BY_MOST: tuple[tuple[float, str], ...] = (
-    (2**32 - 1, "seed"),  # what every library's generator takes
+    (2**32 - 1, "seed seeds"),  # what every library's generator takes
     (COUNT, "tokens params batch_tokens micro_batch_tokens max_shard_bytes shard_bytes"),
     (
         LENGTH,
         "sequence_length depth_sequence_length chunk_tokens contexts samples depth_samples "
         "depth_positions sequences validation_sequences validation_every batch_size batch "
         "shard_sequences warmup_steps settled_steps draws noise_groups validate_every "
-        "checkpoint_every keep_checkpoints max_bad_steps log_every max_position_embeddings "
-        "new_tokens time steps repeats warmup chunks stock_chunks",
+        "families checkpoint_every keep_checkpoints max_bad_steps log_every "
+        "max_position_embeddings new_tokens time steps repeats warmup chunks stock_chunks",
     ),
     (10**7, "vocab_size tokenizer_vocab vocabulary top_k gpus"),
     (

@@ -36,6 +36,11 @@ class StudySettings:
     """Names of those that run; the others are compared with the first."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of the order of the text, the router's start and its noise; every arm has each of them."""
+    share: float = 1.0
+    """Of the experiment's elastic tokens, for every arm."""
+    families: int = 0
+    """Brute force: so many nested families, those that are best without training, are distilled
+    beside the one that the first arm freezes; 0 compares arms."""
     sequences: int = 128
     """Of the report text, at most."""
     sequence_length: int = 256
@@ -64,6 +69,14 @@ class StudySettings:
                 "each_alone" if arm.each_alone else "family_of",
                 "without these: it is the first of study.run, which the others follow",
             )
+        require(0 < self.share <= 1, "study.share", self.share, "in (0, 1]")
+        require(self.families >= 0, "study.families", self.families, "at least 0")
+        require(
+            self.families == 0 or len(self.run) == 1,
+            "study.run",
+            self.run,
+            f"one arm with study.families={self.families}, whose decision is judged",
+        )
         for name in ("sequences", "sequence_length"):
             require(getattr(self, name) > 0, f"study.{name}", getattr(self, name), "positive")
 

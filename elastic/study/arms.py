@@ -98,7 +98,9 @@ def jobs_of(
             f"parent.path='{parent}'",
         ]
     )
-    raw["curriculum"]["stages"] = _elastic(raw)
+    raw["curriculum"]["stages"] = {
+        stage: _shortened(settings, study.share) for stage, settings in _elastic(raw).items()
+    }
     if not arm.trained:
         _leave_untrained(raw)
     if family is None:
@@ -106,10 +108,29 @@ def jobs_of(
     budgets = list(family)
     if not arm.each_alone:
         if arm.family_of is not None:
-            raw["budgets"] = {budget: _given(family[budget]) for budget in budgets}
+            raw["budgets"] = _all_given(family)
         return [Job(name, seed, None, raw)]
     smaller = budgets[1:]
     return [Job(name, seed, b, _alone(raw, b, family[b], len(smaller))) for b in smaller]
+
+
+def family_job(
+    study: StudySettings, label: str, seed: int, parent: Path, family: Mapping[str, Any]
+) -> Job:
+    """The first arm with a family that is given, called `label`."""
+    (job,) = jobs_of(study, study.run[0], seed, parent, None)
+    return Job(label, seed, None, job.raw | {"budgets": _all_given(family)})
+
+
+def _all_given(family: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {budget: _given(entry) for budget, entry in family.items()}
+
+
+def _shortened(stage: dict[str, Any], share: float) -> dict[str, Any]:
+    """A part of a stage, in whole steps; the warmup keeps its share."""
+    steps = max(1, round(stage["tokens"] * share / stage["batch_tokens"]))
+    warmup = round(stage.get("warmup_steps", 0) * share)
+    return stage | {"tokens": steps * stage["batch_tokens"], "warmup_steps": warmup}
 
 
 def _given(entry: Mapping[str, Any]) -> dict[str, Any]:

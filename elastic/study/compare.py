@@ -159,33 +159,35 @@ def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
     return [*table(header, lines), "", *table(head, costs)]
 
 
-def write_tables(directory: Path, study: StudySettings, records: Sequence[Record]) -> Path:
-    """`<name>.md` and `<name>.json`: the tables, and the rows behind them."""
-    seeds, documents = len(study.seeds), len(records[0].documents)
-    tokens = int(records[0].documents.sum())
+def write_figures(directory: Path, study: StudySettings, records: Sequence[Record]) -> None:
+    """`<name>.json`: what the tables show, with every digit."""
+    directory.mkdir(parents=True, exist_ok=True)
+    value = {
+        "experiment": study.experiment,
+        "documents": len(records[0].documents),
+        "tokens": int(records[0].documents.sum()),
+        "rows": [vars(row) for row in rows(study, records)],
+        "cost": cost(records),
+    }
+    write_json(directory / f"{study.name}.json", value)
+
+
+def write_tables(directory: Path, study: StudySettings, shown: Sequence[str]) -> Path:
+    """`<name>.md`, with tables as they were printed."""
     text = [
         f"# {study.name}",
         "",
         f"Written by `elastic study study={study.name}`: experiment `{study.experiment}`, "
-        f"{seeds} seed(s), {tokens:,} tokens of {documents} documents by which nothing was chosen.",
-        "",
-        "`loss` is the distance from the parent's loss, `KL` the divergence from its predictions "
-        "in nats per token, with standard errors over documents; `errors` is the paired difference "
-        f"from `{study.run[0]}` in its own standard errors, `each seed` whether its sign is the "
-        "same in every seed. Seconds are of runs that may have shared the machine.",
+        f"{len(study.seeds)} seed(s), on text by which nothing was chosen. KL to the parent is in "
+        "nats per token; standard errors are over documents, differences are paired and averaged "
+        "over seeds. Seconds are of runs that may have shared the machine.",
         "",
         "```text",
-        *tables(study, records),
+        *shown,
         "```",
     ]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{study.name}.md"
     with atomic_file(path) as temporary:
         temporary.write_text("\n".join(text) + "\n")
-    value = {
-        "experiment": study.experiment,
-        "rows": [vars(row) for row in rows(study, records)],
-        "cost": cost(records),
-    }
-    write_json(directory / f"{study.name}.json", value)
     return path

@@ -23,6 +23,7 @@ from elastic.plan.training import stage_work
 from elastic.routing.curriculum import plan
 from elastic.storage.manifest import Manifest
 from elastic.study.arms import trained_tokens
+from elastic.study.families import untrained_members
 
 BATCH_TOKENS = 4096
 """Of a forward pass that measures."""
@@ -103,6 +104,9 @@ def measure(task: Task, directory: Path) -> dict[str, Any]:
         }
     architectures = {name: each.architecture for name, each in manifest.budgets.items()}
     stages = plan(task.config.curriculum.stages, task.config.trainer, list(architectures))
+    more = {}
+    if task.study.families and not task.config.members_given:
+        more["untrained"] = untrained_members(task.config, task.parent)
     work = [stage_work(task.config, shape, stage, architectures) for stage in stages]
     return {
         "tokens": trained_tokens(task.config),
@@ -111,6 +115,7 @@ def measure(task: Task, directory: Path) -> dict[str, Any]:
         "documents": original.tokens.astype(int).tolist(),
         "parent": by_document(original),
         "members": members,
+        **more,
     }
 
 

@@ -15,8 +15,9 @@ from elastic.config import StudyConfig
 from elastic.storage.files import require_writable, write_json
 from elastic.storage.foreign import read_object
 from elastic.storage.seals import Seals
-from elastic.study.arms import Job, jobs_of, parent_settings
-from elastic.study.compare import Record, tables, write_tables
+from elastic.study.arms import Job, family_job, jobs_of, parent_settings
+from elastic.study.compare import Record, tables, write_figures, write_tables
+from elastic.study.families import Family, Standing, best_families, lines, standings
 from elastic.study.run import Task, answer
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,15 @@ def work(config: StudyConfig) -> None:
     parent = _parent(config)
     seals = Seals.read(parent)
     assert seals is not None
-    records = Study(config, parent, seals.digest).carry_out()
-    print("\n".join(tables(study, records)))
-    path = write_tables(output, study, records)
+    doing = Study(config, parent, seals.digest)
+    if study.families:
+        shown = lines(doing.judge())
+    else:
+        records = doing.carry_out()
+        shown = tables(study, records)
+        write_figures(output, study, records)
+    print("\n".join(shown))
+    path = write_tables(output, study, shown)
     print(f"written to {path}")
 
 
@@ -92,6 +99,27 @@ class Study:
             for job in self.jobs(name, seed, done[seed].family)
         ]
         return [*figures, *self._run(rest, 0)]
+
+    def judge(self) -> list[Standing]:
+        """Brute force: the standings of families, the first arm's own decisions among them."""
+        study = self.config.study
+        runs = [self.jobs(study.run[0], seed, None)[0] for seed in study.seeds]
+        deciding = self._run(runs, len(study.seeds) * study.families)
+        nested = runs[0].config(Path("run")).space.nested
+        families: list[Family] = []
+        for record in deciding:
+            wanted = best_families(record, study.families, nested)
+            families += [family for family in wanted if family not in families]
+        jobs = [
+            family_job(study, f"family_{number}", seed, self.parent, family)
+            for seed in study.seeds
+            for number, family in enumerate(families)
+        ]
+        records = self._run(jobs, 0)
+        each = len(families)
+        figures = {seed: records[i * each : (i + 1) * each] for i, seed in enumerate(study.seeds)}
+        frozen = {record.seed: record.family for record in deciding}
+        return standings(families, figures, frozen)
 
     def _run(self, jobs: list[Job], to_come: int) -> list[Record]:
         """Figures of some jobs, which do not wait for each other."""

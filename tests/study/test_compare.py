@@ -10,7 +10,7 @@ import pytest
 from study.test_arms import TINY
 
 from elastic.evaluate.documents import mean_and_error
-from elastic.study.compare import Record, cost, rows, tables, write_tables
+from elastic.study.compare import Record, cost, rows, tables, write_figures, write_tables
 
 DOCUMENTS = [100, 50, 150]
 STUDY = replace(TINY, run=["elastic", "separate"], seeds=[0, 1])
@@ -70,10 +70,12 @@ def test_runs_of_one_arm_count_together() -> None:
 
 
 def test_tables_are_written_with_the_figures_behind_them(tmp_path: Path) -> None:
-    path = write_tables(tmp_path / "docs", STUDY, RECORDS)
+    shown = tables(STUDY, RECORDS)
+    path = write_tables(tmp_path / "docs", STUDY, shown)
+    write_figures(tmp_path / "docs", STUDY, RECORDS)
     text = path.read_text()
-    assert all(line in text for line in tables(STUDY, RECORDS))
-    assert max(map(len, tables(STUDY, RECORDS))) <= 100
-    assert "tiny" in text and "2 seed(s), 300 tokens of 3 documents" in text
+    assert all(line in text for line in shown) and max(map(len, shown)) <= 100
+    assert "tiny" in text and "2 seed(s)" in text
     figures = json.loads(path.with_suffix(".json").read_text())
     assert len(figures["rows"]) == 4 and figures["cost"]["separate"]["tokens"] == 20
+    assert (figures["documents"], figures["tokens"]) == (3, 300)
