@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from elastic.storage.index import INDEX, weight_map_of
 from elastic.storage.opened import OpenFile
-from elastic.storage.reading import DTYPES, StoredTensor
+from elastic.storage.reading import BLOCK_BYTES, DTYPES, StoredTensor
+from elastic.storage.rooms import Rooms
 from elastic.storage.seals import SealBroken, Seals
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._tensors: dict[str, StoredTensor] = {}
         if self.seals is not None:
             self.seals.check(INDEX)
+        rooms = Rooms(BLOCK_BYTES)
         for path in shards(directory):
-            for name, found in _tensors_of(path, self.seals).items():
+            for name, found in _tensors_of(path, self.seals, rooms).items():
                 if name in self._tensors:
                     first = self._tensors[name].file.path.name
                     raise ValueError(f"{directory}: tensor {name} is in {first} and in {path.name}")
@@ -138,7 +140,7 @@ def shards(directory: Path) -> list[Path]:
     return files
 
 
-def _tensors_of(path: Path, seals: Seals | None) -> dict[str, StoredTensor]:
+def _tensors_of(path: Path, seals: Seals | None, rooms: Rooms) -> dict[str, StoredTensor]:
     """What a shard holds, by its header."""
     opened = OpenFile(path, seals)
     start = bytearray(8)
@@ -170,6 +172,7 @@ def _tensors_of(path: Path, seals: Seals | None) -> dict[str, StoredTensor]:
             tuple(entry["shape"]),
             opened,
             8 + length + entry["data_offsets"][0],
+            rooms,
         )
     return tensors
 

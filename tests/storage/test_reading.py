@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -100,13 +99,13 @@ def test_what_is_read_exceeds_what_is_kept_within_bounds(
     stored = TensorStore(tmp_path, {"a": (40, width)})["a"]
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        read = OpenFile.read_into
+        read = OpenFile._read
 
-        def counting(self: OpenFile, buffer: memoryview, *rest: Any) -> None:
+        def counting(self: OpenFile, buffer: memoryview, offset: int) -> None:
             calls.append(len(buffer))
-            read(self, buffer, *rest)
+            read(self, buffer, offset)
 
-        patch.setattr(OpenFile, "read_into", counting)
+        patch.setattr(OpenFile, "_read", counting)
         stored.read((((20, 35), (3, 5)), columns))
     kept = sum(stop - start for start, stop in columns)
     if whole:
@@ -253,6 +252,20 @@ def test_a_flipped_bit_is_named_with_its_tensor(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(content)
         with pytest.raises(SealBroken, match="model.safetensors: block 0 .* seen in the header"):
             TensorStore(tmp_path, expected)
+
+
+@given(st.data(), st.sampled_from(list(reading.DTYPES.values())))
+def test_finite_is_what_torch_calls_finite(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Of any bits: the largest numbers, those too small to be normal, every kind of NaN."""
+    integers, infinite = reading.INTEGERS[dtype]
+    most = 1 << (8 * dtype.itemsize - 1)
+    near = [infinite - most + d for d in (-1, 0, 1)] + [infinite + d for d in (-1, 0, 1)]
+    ends = [*near, -most, -1, 0, 1, most - 1]
+    bits = st.one_of(st.sampled_from(ends), st.integers(-most, most - 1))
+    values = torch.tensor(data.draw(st.lists(bits, max_size=5)), dtype=integers).view(dtype)
+    assert reading.all_finite(values) == bool(values.isfinite().all())
+    spread = torch.stack((values, values), dim=1)[:, 0]  # not contiguous
+    assert reading.all_finite(spread) == bool(values.isfinite().all())
 
 
 VALUES = (math.nan, -math.nan, math.inf, -math.inf)
