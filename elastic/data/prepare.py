@@ -18,12 +18,15 @@ from elastic.data.text import Text
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 from elastic.storage.files import atomic_directory, digest, write_json
 from elastic.storage.seals import NAME as SEALS
-from elastic.storage.seals import SealBroken, Seals, check_beside, damage
+from elastic.storage.seals import FileSeal, SealBroken, Seals, check_beside, damage
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """Of the saved directory; raise it when the same settings no longer give the same tokens."""
+
+ARRAYS = ("train", "validation")
+"""Tokens of a text, each in a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,14 @@ class PreparedData:
     """Whether this was found on disk, whole."""
 
     @cached_property
+    def sealed(self) -> dict[str, FileSeal]:
+        """The seals of the files of tokens, by name; billions of tokens take a while, once."""
+        return {f"{name}.npy": sealed_tokens(getattr(self, name)) for name in ARRAYS}
+
+    @property
     def digest(self) -> str:
         """Checksum of the tokens."""
-        return digest([sealed_tokens(self.train).digest, sealed_tokens(self.validation).digest])
+        return digest([self.sealed[f"{name}.npy"].digest for name in ARRAYS])
 
     def save(self, cache_dir: Path) -> None:
         """Write `tokenizer/`, `train.npy`, `validation.npy`, `text.json`, `data.json` and, last,
@@ -59,8 +67,8 @@ class PreparedData:
         (cache_dir / SEALS).unlink(missing_ok=True)
         with atomic_directory(cache_dir / "tokenizer", replace=True) as directory:
             self.tokenizer.save_pretrained(directory)
-        save_tokens(cache_dir / "train.npy", self.train)
-        save_tokens(cache_dir / "validation.npy", self.validation)
+        for name in ARRAYS:
+            save_tokens(cache_dir / f"{name}.npy", getattr(self, name))
         write_json(
             cache_dir / "text.json", None if self.text is None else self.text.to_json(), None
         )
@@ -72,8 +80,7 @@ class PreparedData:
             "validation_tokens": len(self.validation),
         }
         write_json(cache_dir / "data.json", summary)
-        sealed = {f"{n}.npy": sealed_tokens(getattr(self, n)) for n in ("train", "validation")}
-        Seals.of(cache_dir, sealed).write()
+        Seals.of(cache_dir, self.sealed).write()
 
 
 def prepare_data(
