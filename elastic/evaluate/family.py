@@ -58,10 +58,14 @@ def mean_loss(model: Any, batches: list[Tensor]) -> float:
     return total / count
 
 
-def validation_batches(config: EvaluateConfig, tokens: Tokens) -> list[Tensor]:
+def validation_batches(config: EvaluateConfig, tokens: Tokens, vocabulary: int) -> list[Tensor]:
     """Windows spread evenly over the held-out text, (b, t + 1) each."""
     windows = PackedTokens(
-        tokens, config.sequence_length, setting="sequence_length", text="validation text"
+        tokens,
+        config.sequence_length,
+        setting="sequence_length",
+        text="validation text",
+        vocabulary=vocabulary,
     )
     count = min(config.sequences, len(windows))
     chosen = torch.stack([windows[i * len(windows) // count] for i in range(count)])
@@ -106,14 +110,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = Manifest.read(elastic)
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
-    batches = validation_batches(config, load_tokens(run_dir / "data" / "validation.npy"))
+    tokens = load_tokens(run_dir / "data" / "validation.npy")
     parent = _parent(run_dir)
-    largest = max(int(batch.max()) for batch in batches)
-    if largest >= parent.shape.vocab_size:
-        raise ValueError(
-            f"{run_dir / 'data' / 'validation.npy'}: has token {largest}, the parent's vocabulary "
-            f"{parent.shape.vocab_size}; it is damaged, or of another run"
-        )
+    batches = validation_batches(config, tokens, parent.shape.vocab_size)
     parent_loss = mean_loss(parent.logits, batches)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
     smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]
@@ -167,7 +166,9 @@ def generate(config: EvaluateConfig, elastic: Path, budget: str) -> list[str]:
     model: Any = _model(config, elastic, budget)
     texts: list[str] = []
     for prompt in config.prompts:
-        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids  # (1, t)
+        if not tokens.numel():
+            raise ConfigError(f"prompts: the tokenizer makes no token of {prompt!r}; must be text")
         out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),

@@ -27,6 +27,7 @@ def stage_text(setup: Setup, stage: Stage, start_micro_step: int) -> TextDataMod
         start_micro_step=start_micro_step,
         rank=setup.place.rank,
         world_size=setup.place.world_size,
+        vocabulary=setup.shape.vocab_size,
     )
 
 
@@ -34,10 +35,15 @@ def calibration_text(setup: Setup) -> Tensor:
     """Calibration sequences (samples, t) int64, spread evenly over the training text.
 
     Raises:
-        ConfigError: the text is shorter than one of them.
+        ConfigError: the text is shorter than one of them, or has a token that the parent lacks.
     """
     settings = setup.config.importance
-    names = {"setting": "importance.sequence_length", "text": "training text"}
-    windows = PackedTokens(setup.data.train, settings.sequence_length, **names)
+    windows = PackedTokens(
+        setup.data.train,
+        settings.sequence_length,
+        setting="importance.sequence_length",
+        text="training text",
+        vocabulary=setup.shape.vocab_size,
+    )
     count = min(max(settings.samples, settings.depth_samples), len(windows))
     return torch.stack([windows[i * len(windows) // count][:-1] for i in range(count)])
