@@ -6,6 +6,7 @@ files are on disk.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import statistics
@@ -32,15 +33,17 @@ from elastic.bench.synthetic import (
     write_checkpoint,
 )
 from elastic.config import ConfigError, ExtractBenchConfig, ExtractConfig
-from elastic.extract.slice import open_member
+from elastic.extract.slice import OpenMember, open_member
 from elastic.members.cost import weight_bytes
+from elastic.members.cut import member_cuts
 from elastic.storage.files import require_space, sync
 from elastic.storage.progress import Progress
+from elastic.storage.seals import BLOCK_BYTES
 
 CHUNK = 8 << 20
 """Bytes per system call of a copy, as in `shutil.copyfile`."""
 
-GOALS = {"peak_rss_gib": 2.0, "bytes_read_over_needed": 1.1, "time_over_copy": 1.5}
+GOALS = {"peak_rss_gib": 2.0, "bytes_read_over_touched": 1.1, "time_over_copy": 1.2}
 
 
 def measure(config: ExtractBenchConfig, device: torch.device) -> Result:
@@ -111,6 +114,7 @@ def _measure_member(config: ExtractBenchConfig, checkpoint: Path, name: str) -> 
         "time_over_copy": ratio,
         "gb_per_second": size / 1e9 / seconds,
         "bytes_read_over_needed": max(cut.bytes_read for cut in timed) / size,
+        "bytes_read_over_touched": max(cut.bytes_read for cut in timed) / touched_bytes(member),
         "cut_peak_rss_gib": max(cut.peak for cut in timed) / 2**30,
         "peak_rss_gib": max(max(cut.peak, cut.verify_peak) for cut in timed) / 2**30,
     }
@@ -171,6 +175,21 @@ def drop_cache(directory: Path) -> None:
             os.close(descriptor)
 
 
+def touched_bytes(member: OpenMember) -> int:
+    """Bytes of the sealed blocks that hold anything of a member: what must be read to compare
+    them. Norms of its own lie elsewhere, and weigh nothing."""
+    touched: dict[tuple[Path, int], int] = {}
+    for cut in member_cuts(member.parent, member.member.architecture):
+        stored = member.store[cut.source]
+        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        for start, stop in cut.cut[0] or ((0, stored.shape[0]),):
+            first, last = stored.offset + start * row, stored.offset + stop * row - 1
+            for number in range(first // BLOCK_BYTES, last // BLOCK_BYTES + 1):
+                rest = stored.file.bytes - number * BLOCK_BYTES
+                touched[stored.file.path, number] = min(BLOCK_BYTES, rest)
+    return sum(touched.values())
+
+
 def check_shapes(directory: Path) -> int:
     """Parameters of a checkpoint, whose headers must be what stock transformers builds of its
     config.json; by safetensors and transformers alone.
@@ -218,7 +237,8 @@ def show(line: str) -> None:
 
 
 def _table(figures: Figures, names: list[str]) -> str:
-    header = ("member", "GB", "seconds", "copy", "over copy", "read over needed", "peak GiB")
+    times = ("member", "GB", "seconds", "copy", "over copy")
+    header = (*times, "read over needed", "over touched", "peak GiB", "verify s")
     rows: list[list[str | float | None]] = [
         [
             name,
@@ -227,6 +247,7 @@ def _table(figures: Figures, names: list[str]) -> str:
                 for figure in ("gb", "seconds", "copy_seconds", "time_over_copy")
             ),
             figures[name]["bytes_read_over_needed"],
+            figures[name]["bytes_read_over_touched"],
             figures[name]["peak_rss_gib"],
             figures[name].get("verify_seconds"),
         ]
@@ -235,7 +256,7 @@ def _table(figures: Figures, names: list[str]) -> str:
     goals = ", ".join(
         f"{figure} {figures[figure]:.3g} (goal {goal:g})" for figure, goal in GOALS.items()
     )
-    text = f"{table((*header, 'verify s'), rows)}\n{goals}"
+    text = f"{table(header, rows)}\n{goals}"
     if "sort" in figures:
         text += (
             "\nsorting the whole checkpoint: {seconds:.1f} s, copying it {copy_seconds:.1f} s "

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from elastic.cli.overrides import addition, at_default, several, unreadable
+from elastic.cli.overrides import added_twice, addition, at_default, several, unreadable
 from elastic.cluster.requeue import may_requeue, requeue
 from elastic.config import CONF, ConfigError, explain, parse
 from elastic.console import clear_of_bars, keep_going, lost
@@ -185,7 +185,7 @@ def _explained(error: BaseException, arguments: list[str], schema: type) -> str:
             return several(ambiguous[1])
         if "submitit" in str(error):
             return f"{explain(error)} It is a plugin: pip install hydra-submitit-launcher"
-    line = explain(error)
+    line = added_twice(explain(error), arguments) or explain(error)
     key, unknown, _ = line.partition(": unknown")
     if not unknown:
         return line

@@ -105,6 +105,17 @@ def at_default(key: str, arguments: Sequence[str], schema: type) -> str | None:
     return None
 
 
+def added_twice(message: str, arguments: Sequence[str]) -> str | None:
+    """The line for `+key=value` where there is a value already, of Hydra's message about it; None
+    for other messages."""
+    found = re.search(r"An item is already at '(.+)'\.|^(\S+) appears more than once", message)
+    for argument in arguments if found else ():
+        key = argument.partition("=")[0]
+        if found is not None and key == f"+{found[1] or found[2]}":
+            return f"{key}: is set already; to change it: {shlex.quote(argument[1:])}"
+    return None
+
+
 def _type_of(key: str, schema: Any) -> Any:
     """Type of the setting that `key` may be; None where there is none."""
     owner: Any = schema

@@ -44,7 +44,7 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
         "attention_heads depth heads channels groups state square patience worker workers "
         "num_nodes",
     ),
-    (10**4, "hidden_units devices"),
+    (10**4, "hidden_units devices jobs threads"),
     (64, "conv_kernel candidates"),
     (
         WEIGHT,

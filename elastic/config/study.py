@@ -50,6 +50,7 @@ class StudySettings:
         check_names("study.arms", self.arms)
         require(bool(self.run), "study.run", self.run, "at least one arm")
         require(bool(self.seeds), "study.seeds", self.seeds, "at least one seed")
+        require(min(self.seeds) >= 0, "study.seeds", self.seeds, "at least 0 each")
         for name in self.run:
             require(name in self.arms, "study.run", name, f"one of {', '.join(self.arms)}")
         for values, key in ((self.run, "study.run"), (self.seeds, "study.seeds")):

@@ -76,7 +76,8 @@ class TextDataModule(L.LightningDataModule):
     spread evenly over the held-out text. The trainer must be built with
     use_distributed_sampler=False; the ranks share the work here.
 
-    Raises ConfigError when either array of tokens is shorter than one sequence.
+    Raises ConfigError when either array of tokens is shorter than one sequence, and for a batch
+    with a token outside the `vocabulary`.
     """
 
     def __init__(
@@ -94,12 +95,19 @@ class TextDataModule(L.LightningDataModule):
         start_micro_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         assert validation_sequences > 0 and validation_batch > 0
         setting = f"curriculum.stages.{stage_name}.sequence_length"
         self.stream = SequenceStream(
-            PackedTokens(train, sequence_length, setting=setting, text="training text"),
+            PackedTokens(
+                train,
+                sequence_length,
+                setting=setting,
+                text="training text",
+                vocabulary=vocabulary,
+            ),
             batch_sequences=batch_sequences,
             seed=seed,
             stage_name=stage_name,
@@ -109,7 +117,9 @@ class TextDataModule(L.LightningDataModule):
             world_size=world_size,
         )
         text = "validation text"
-        held_out = PackedTokens(validation, sequence_length, setting=setting, text=text)
+        held_out = PackedTokens(
+            validation, sequence_length, setting=setting, text=text, vocabulary=vocabulary
+        )
         count = min(validation_sequences, len(held_out))
         self.validation = Subset(held_out, [i * len(held_out) // count for i in range(count)])
         self.validation_batch = validation_batch

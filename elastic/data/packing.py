@@ -53,9 +53,10 @@ class PackedTokens(Dataset[Tensor]):
 
     Item i is int64 (sequence_length + 1,): the inputs and, one further, the targets. Neighbours
     share that one token, so every token but the first is a target at most once, and what does not
-    fill a last window is left out. Raises ConfigError when not even one window fits.
+    fill a last window is left out. Raises ConfigError when not even one window fits, and for a
+    window with a token that a `vocabulary` of that size does not have (None takes any).
 
-    `setting` and `text` are names for that error: whose length it is, and of which text.
+    `setting` and `text` are names for these errors: whose length it is, and of which text.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class PackedTokens(Dataset[Tensor]):
         *,
         setting: str = "sequence_length",
         text: str = "text",
+        vocabulary: int | None = None,
     ) -> None:
         assert tokens.ndim == 1 and sequence_length > 0
         if len(tokens) < sequence_length + 1:
@@ -75,6 +77,8 @@ class PackedTokens(Dataset[Tensor]):
             )
         self.tokens = tokens
         self.sequence_length = sequence_length
+        self.text = text
+        self.vocabulary = vocabulary
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence_length
@@ -84,6 +88,12 @@ class PackedTokens(Dataset[Tensor]):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.sequence_length
         window = self.tokens[start : start + self.sequence_length + 1]
+        largest = int(window.max())
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise ConfigError(
+                f"{getattr(self.tokens, 'path', self.text)}: has token {largest}, the parent's "
+                f"vocabulary is {self.vocabulary}; it is damaged, or of another run"
+            )
         return torch.from_numpy(window.astype(np.int64))
 
 

@@ -18,7 +18,7 @@ from elastic.data.text import Text
 from elastic.data.tokenizer import load_tokenizer, train_tokenizer
 from elastic.storage.files import atomic_directory, digest, write_json
 from elastic.storage.seals import NAME as SEALS
-from elastic.storage.seals import SealBroken, Seals, check_beside, damage
+from elastic.storage.seals import FileSeal, SealBroken, Seals, check_beside, damage
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +48,14 @@ class PreparedData:
     """Whether this was found on disk, whole."""
 
     @cached_property
+    def sealed(self) -> dict[str, FileSeal]:
+        """The seals of the files of tokens, by name; billions of tokens take a while, once."""
+        return {f"{name}.npy": sealed_tokens(getattr(self, name)) for name in TEXTS}
+
+    @property
     def digest(self) -> str:
         """Checksum of the tokens."""
-        return digest([sealed_tokens(getattr(self, name)).digest for name in TEXTS])
+        return digest([self.sealed[f"{name}.npy"].digest for name in TEXTS])
 
     def save(self, cache_dir: Path) -> None:
         """Write `tokenizer/`, an array of each of `TEXTS`, `text.json`, `data.json` and, last,
@@ -76,8 +81,7 @@ class PreparedData:
             **{f"{name}_tokens": len(getattr(self, name)) for name in TEXTS},
         }
         write_json(cache_dir / "data.json", summary)
-        sealed = {f"{n}.npy": sealed_tokens(getattr(self, n)) for n in TEXTS}
-        Seals.of(cache_dir, sealed).write()
+        Seals.of(cache_dir, self.sealed).write()
 
 
 def prepare_data(

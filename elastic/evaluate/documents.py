@@ -38,7 +38,12 @@ class ReportText:
 
 
 def report_text(
-    tokens: Tokens, end: int | None, sequences: int, length: int, batch: int
+    tokens: Tokens,
+    end: int | None,
+    sequences: int,
+    length: int,
+    batch: int,
+    vocabulary: int | None = None,
 ) -> ReportText:
     """Windows spread evenly over a text whose documents end with the token `end`.
 
@@ -47,9 +52,12 @@ def report_text(
         end: None where documents are not marked: then each window counts as one.
 
     Raises:
-        ConfigError: not even one window fits, or all of them are within one document.
+        ConfigError: not even one window fits, or all of them are within one document; a token that
+            a `vocabulary` of that size does not have.
     """
-    windows = PackedTokens(tokens, length, setting="sequence_length", text="report text")
+    windows = PackedTokens(
+        tokens, length, setting="sequence_length", text="report text", vocabulary=vocabulary
+    )
     count = min(sequences, len(windows))
     starts = [i * len(windows) // count for i in range(count)]
     chosen = torch.stack([windows[start] for start in starts])  # (n, t + 1)

@@ -95,17 +95,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     manifest = Manifest.read(elastic)
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
-    text = run_dir / "data" / "report.npy"
-    tokenizer = load_tokenizer(elastic, "tokenizer")
-    sizes = (config.sequences, config.sequence_length, config.batch_size)
-    report = report_text(load_tokens(text), tokenizer.eos_token_id, *sizes)
     parent = _parent(run_dir)
-    largest = max(int(batch.max()) for batch in report.batches)
-    if largest >= parent.shape.vocab_size:
-        raise ValueError(
-            f"{text}: has token {largest}, the parent's vocabulary "
-            f"{parent.shape.vocab_size}; it is damaged, or of another run"
-        )
+    tokenizer = load_tokenizer(elastic, "tokenizer")
+    report = report_text(
+        load_tokens(run_dir / "data" / "report.npy"),
+        tokenizer.eos_token_id,
+        config.sequences,
+        config.sequence_length,
+        config.batch_size,
+        parent.shape.vocab_size,
+    )
     original = sums_by_document(parent.logits, parent.logits, report)
     parent_loss, _ = mean_and_error(original.loss, original.tokens)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
@@ -170,7 +169,9 @@ def generate(config: EvaluateConfig, elastic: Path, budget: str) -> list[str]:
     model: Any = _model(config, elastic, budget)
     texts: list[str] = []
     for prompt in config.prompts:
-        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids  # (1, t)
+        if not tokens.numel():
+            raise ConfigError(f"prompts: the tokenizer makes no token of {prompt!r}; must be text")
         out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),

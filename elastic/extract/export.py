@@ -12,7 +12,13 @@ from elastic.extract.verify import verify
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
 from elastic.parent.small_files import copy_small_files, small_files
-from elastic.storage.files import atomic_directory, refuse_inside, require_space, write_json
+from elastic.storage.files import (
+    atomic_directory,
+    refuse_inside,
+    require_place,
+    require_space,
+    write_json,
+)
 from elastic.storage.manifest import NAME
 from elastic.storage.progress import Progress
 from elastic.storage.writing import write_shards
@@ -26,7 +32,7 @@ def extract(config: ExtractConfig) -> Path:
 
     Raises:
         ValueError: the checkpoint is damaged, has no such member, or none that can be exported so,
-            or the output lies in it.
+            or the output lies in it or where no directory can be.
         FileExistsError: the output exists.
         OSError: the disk has no room for it, or fails.
         VerificationError: the result computes something else than the masked parent.
@@ -34,6 +40,7 @@ def extract(config: ExtractConfig) -> Path:
     output = Path(config.output)
     if output.exists():
         raise FileExistsError(f"output={output}: exists already; nothing was written")
+    require_place("output", output)
     refuse_inside("output", output, Path(config.checkpoint), *_checkpoints_around(output))
     dtype = resolve_dtype(config.dtype)
     member = open_member(

@@ -17,7 +17,8 @@ from elastic.extract.slice import open_member
 from elastic.members.architecture import Architecture
 from elastic.parent.stock import read_config, read_shape, step_limits
 from elastic.storage.manifest import NAME, Manifest
-from elastic.storage.reading import TensorStore, converted
+from elastic.storage.reading import converted
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending
 
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -25,8 +25,9 @@ from elastic.members.cut import Cut, Ranges, kept_shape, member_cuts, norm_cuts,
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.ahead import ahead
 from elastic.storage.manifest import NAME, Manifest, Member
-from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore, converted
+from elastic.storage.reading import BLOCK_BYTES, StoredTensor, converted
 from elastic.storage.seals import check_beside
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending
 
 LAYERS = {"mlp": "MLP widths", "attention": "query heads", "mamba": "Mamba heads x channels"}

@@ -31,7 +31,8 @@ from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
 from elastic.routing.masks import hard_keep
 from elastic.storage.progress import Progress
-from elastic.storage.reading import StoredTensor, TensorStore
+from elastic.storage.reading import StoredTensor
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending
 
 MEMORY_BYTES = 1 << 30

@@ -18,7 +18,7 @@ from elastic.members.architecture import Architecture
 from elastic.parent import HybridParent
 from elastic.parent.hybrid import Block
 from elastic.routing.masks import hard_keep
-from elastic.storage.reading import TensorStore
+from elastic.storage.store import TensorStore
 
 TOKENS = (2, 48)
 """Batch and time that a block runs on: longer than a chunk of our scan."""

@@ -32,8 +32,8 @@ from elastic.members.architecture import Space
 from elastic.parent import HybridParent
 from elastic.parent.weights import open_weights
 from elastic.storage.files import atomic_file, digest
-from elastic.storage.reading import TensorStore
 from elastic.storage.seals import NAME, REMEDY, SealBroken, Seals
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending, write_shard
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,9 @@ from elastic.storage.ahead import ahead
 from elastic.storage.files import write_json
 from elastic.storage.foreign import read_json
 from elastic.storage.progress import Progress
-from elastic.storage.reading import BLOCK_BYTES, StoredTensor, TensorStore
+from elastic.storage.reading import BLOCK_BYTES, StoredTensor
 from elastic.storage.seals import Seals, damage
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending
 
 RANKING = "ranking.json"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from elastic.parent.small_files import small_files
 from elastic.storage.index import INDEX
-from elastic.storage.reading import shards
 from elastic.storage.seals import Seals
+from elastic.storage.store import shards
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from elastic.members.cut import tensor_shapes
 from elastic.parent.hybrid import HybridParent
 from elastic.parent.stock import read_config, read_shape, stock_config
 from elastic.storage.files import require_space, write_json
-from elastic.storage.reading import TensorStore, assembled
+from elastic.storage.reading import assembled
 from elastic.storage.seals import FileSeal, Seals
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending, write_shards
 
 

@@ -249,9 +249,18 @@ def require_writable(key: str, output: Path) -> None:
     Raises:
         ValueError: `output` is a directory, or no file can be made where it is to lie.
     """
-    place = next(p for p in output.expanduser().absolute().parents if p.exists())
     if output.is_dir():
         raise ValueError(f"{key}={output}: is a directory; must be the name of a file")
+    require_place(key, output)
+
+
+def require_place(key: str, output: Path) -> None:
+    """Stop before work whose result, a file or a directory, would have no place.
+
+    Raises:
+        ValueError: nothing can be made where it is to lie.
+    """
+    place = next(p for p in output.expanduser().absolute().parents if p.exists())
     if not place.is_dir():
         raise ValueError(f"{key}={output}: {place} is no directory; must lie in one")
     if not os.access(place, os.W_OK | os.X_OK):

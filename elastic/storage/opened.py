@@ -3,6 +3,7 @@
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from xxhash import xxh3_64_hexdigest
@@ -29,15 +30,15 @@ class OpenFile:
         self.bytes = os.fstat(self.descriptor).st_size
         self._seals = seals
         self._seal = None if seals is None else seals.seal_of(path)
+        self._held = -1
+        self._block = memoryview(b"")
+        self._lock = threading.Lock()  # the block held is one for all threads
         if self._seal is None:
             return
         assert seals is not None
         if self.bytes != self._seal.bytes:
             raise seals.broken(path, f"has {self.bytes:,} bytes, {self._seal.bytes:,} were sealed")
         self._checked = bytearray(len(self._seal.blocks))
-        self._held = -1
-        self._block = memoryview(b"")
-        self._lock = threading.Lock()  # the block held is one for all threads
 
     @property
     def seal(self) -> sealing.FileSeal | None:
@@ -60,12 +61,30 @@ class OpenFile:
             return
         with self._lock:
             while len(buffer):
-                number, begin = divmod(offset, sealing.BLOCK_BYTES)
-                if number >= len(self._checked):
-                    raise ValueError(f"{self.path}: shard is truncated")
-                count = min(len(buffer), self._size(number) - begin)
+                number, begin, count = self._within(offset, len(buffer))
                 self._part(buffer[:count], number, begin, what)
                 buffer, offset = buffer[count:], offset + count
+
+    def scan(
+        self, offset: int, size: int, take: Callable[[memoryview], object], what: str = ""
+    ) -> None:
+        """Have `take` called with `size` bytes from that place of the file, in consecutive pieces
+        that are its own until it returns; for what is copied on in part: nothing is copied here.
+
+        Raises:
+            SealBroken, ValueError: as `read_into`.
+        """
+        with self._lock:
+            while size:
+                number, begin, count = self._within(offset, size)
+                if number == self._held or (self.sealed and not self._checked[number]):
+                    take(self._hold(number, what)[begin : begin + count])
+                else:
+                    self._held = -1
+                    piece = self._room()[:count]
+                    self._read(piece, offset)
+                    take(piece)
+                offset, size = offset + count, size - count
 
     def _part(self, buffer: memoryview, number: int, begin: int, what: str) -> None:
         """Fill `buffer` from within one block."""
@@ -77,14 +96,31 @@ class OpenFile:
             self._read(buffer, number * sealing.BLOCK_BYTES)
             self._check(buffer, number, what)
         else:
+            buffer[:] = self._hold(number, what)[begin : begin + len(buffer)]
+
+    def _hold(self, number: int, what: str) -> memoryview:
+        """A block, checked; kept until another is."""
+        block = self._room()[: self._size(number)]
+        if number != self._held:
             self._held = -1
-            if not len(self._block):
-                self._block = memoryview(bytearray(min(sealing.BLOCK_BYTES, self.bytes)))
-            block = self._block[: self._size(number)]
             self._read(block, number * sealing.BLOCK_BYTES)
             self._check(block, number, what)
             self._held = number
-            buffer[:] = block[begin : begin + len(buffer)]
+        return block
+
+    def _room(self) -> memoryview:
+        """Memory for one block."""
+        if not len(self._block):
+            self._block = memoryview(bytearray(min(sealing.BLOCK_BYTES, self.bytes)))
+        return self._block
+
+    def _within(self, offset: int, size: int) -> tuple[int, int, int]:
+        """The block of a place, the place in it, and how many of `size` bytes from there it has."""
+        number, begin = divmod(offset, sealing.BLOCK_BYTES)
+        count = min(size, self._size(number) - begin)
+        if count <= 0:
+            raise ValueError(f"{self.path}: shard is truncated")
+        return number, begin, count
 
     def _size(self, number: int) -> int:
         """Bytes of a block."""

@@ -1,31 +1,22 @@
 """Read parts of the tensors of a safetensors checkpoint, and little more than they need."""
 
-import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic.members.cut import Cut, Ranges, size_of
 from elastic.storage import seals as sealing
-from elastic.storage.index import INDEX, weight_map_of
 from elastic.storage.opened import OpenFile
-from elastic.storage.seals import SealBroken, Seals
+from elastic.storage.picking import Picker, Run, grouped, merged, pick, runs_of, within
+from elastic.storage.rooms import Rooms
 
 log = logging.getLogger(__name__)
-
-WHOLE = "model.safetensors"
-
-BESIDE = tuple(f"{name}.safetensors" for name in ("router", "members", "energies", "calibration"))
-"""Files of an elastic checkpoint that hold no weights of the parent."""
 
 BLOCK_BYTES = 8 << 20
 """Size of the row blocks in which data moves: memory of more than 32 MiB is new from the system
@@ -47,6 +38,14 @@ DTYPES = {
 }
 """Stored types that can be read, by their name in safetensors."""
 
+INTEGERS = {
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+    torch.float32: (torch.int32, 0x7F80 << 16),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+}
+"""Stored type -> the integers of its size, and the bits of infinity among them."""
+
 EXACT = re.compile(r".*\.(A_log|D|dt_bias)")
 """Numbers that the scan feeds to an exponential or adds up over a sequence: a few per layer, which
 published checkpoints keep in float32, and no conversion rounds."""
@@ -59,12 +58,6 @@ def converted(name: str, stored: torch.dtype, wanted: torch.dtype | None) -> tor
     return wanted
 
 
-SKIPPED = re.compile(r"mtp\.")
-"""Tensors that are left behind: layers for multi-token prediction. They read the hidden states of
-the parent as it was, in its width and basis: beside trained and narrowed weights they predict
-nothing."""
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies on disk; nothing of it is in memory."""
@@ -75,6 +68,8 @@ class StoredTensor:
     file: OpenFile
     offset: int
     """Byte of the file at which it begins."""
+    rooms: Rooms
+    """Where its blocks are put."""
 
     def blocks(
         self, cut: Cut | None = None, block_bytes: int = BLOCK_BYTES, once: bool = False
@@ -94,21 +89,25 @@ class StoredTensor:
         inner = math.prod(rest[1:])
         width, item = (rest[0] if rest else 1), self.dtype.itemsize * inner
         kept = size_of(columns, width)
-        spans = _merged(((0, width),) if columns is None else columns, GAP_BYTES // item)
         row = width * item
         checked = self.file.sealed and row <= sealing.BLOCK_BYTES  # read anyway, for its seal
-        if checked or row <= PAGE_BYTES or row <= (1 + SPARE) * kept * item:
-            spans = ((0, width),)
-        most = max(1, block_bytes // max(1, size_of(spans, width) * item))
-        for group in _grouped(((0, height),) if rows is None else rows, most):
+        whole = checked or row <= PAGE_BYTES or row <= (1 + SPARE) * kept * item
+        spans = None if columns is None or whole else merged(columns, GAP_BYTES // item)
+        most = max(1, block_bytes // max(1, size_of(spans, kept) * item))
+        for group in grouped(((0, height),) if rows is None else rows, most):
             count = sum(stop - start for start, stop in group)
-            read = self._rows(group, count, spans, row, item)  # (rows, spans)
+            out = self.rooms.take(count * kept * item).reshape(count, kept * item)
+            if columns is None:
+                self._rows(out, group)
+            elif spans is None:
+                self._columns(out, group, runs_of(columns, item), row)
+            else:
+                self._spans(out, group, columns, spans, row)
             if once:
                 first, last = group[0][0], group[-1][1]
                 self.file.forget(self.offset + first * row, (last - first) * row)
-            values = read.view(self.dtype).view(count, -1, inner)  # (rows, columns, inner)
-            if columns is not None:
-                values = _picked(values, spans, columns)
+            values = torch.from_numpy(out).view(self.dtype)  # (rows, kept of a row)
+            values = values.view(count, kept, inner)
             if not all_finite(values):
                 raise ValueError(self._not_finite(values, group))
             yield values.reshape(count, kept, *rest[1:]) if rest else values.reshape(count)
@@ -122,9 +121,10 @@ class StoredTensor:
             f"{rows[row]}; weights must be finite: take a checkpoint from before they were lost"
         )
 
-    def prefetch(self) -> None:
+    def prefetch(self, most_bytes: int | None = None) -> None:
         """For readers of rows in any order."""
-        self.file.prefetch(self.offset, math.prod(self.shape) * self.dtype.itemsize)
+        size = math.prod(self.shape) * self.dtype.itemsize
+        self.file.prefetch(self.offset, size if most_bytes is None else min(size, most_bytes))
 
     def forget(self) -> None:
         """After all of it has been read once."""
@@ -135,35 +135,66 @@ class StoredTensor:
         sizes = [size_of(r, n) for r, n in zip(cut or [None] * len(self.shape), self.shape)]  # noqa: B905
         return assembled(self.blocks(cut), torch.empty(sizes, dtype=dtype or self.dtype))
 
-    def _rows(
-        self, group: list[tuple[int, int]], count: int, spans: Ranges, row: int, item: int
-    ) -> Tensor:
-        """The bytes of these spans of these rows: (rows, bytes)."""
-        width = sum(stop - start for start, stop in spans) * item
-        out = torch.empty((count, width), dtype=torch.uint8)
-        buffer = out.numpy().data.cast("B")
+    def _rows(self, out: np.ndarray, group: list[tuple[int, int]]) -> None:
+        """Read these rows whole, straight to where they go: (rows, bytes) uint8."""
         at = 0
         for start, stop in group:
-            if width == row:
-                size = (stop - start) * row
-                self._read(buffer[at : at + size], start * row)
+            rows = out[at : at + stop - start]
+            self._read(rows.data.cast("B"), start * out.shape[1])
+            at += len(rows)
+
+    def _columns(
+        self, out: np.ndarray, group: list[tuple[int, int]], runs: list[Run], row: int
+    ) -> None:
+        """Scan these rows, `row` bytes each, and pick columns: (rows, bytes) uint8."""
+        picker = Picker(out, row, runs)
+        for start, stop in group:
+            place, size = self.offset + start * row, (stop - start) * row
+            self.file.scan(place, size, picker.take, f"tensor {self.name}")
+        assert picker.done, self.name
+
+    def _spans(
+        self,
+        out: np.ndarray,
+        group: list[tuple[int, int]],
+        columns: Ranges,
+        spans: Ranges,
+        row: int,
+    ) -> None:
+        """Read `spans` of these rows one by one, and pick columns: (rows, bytes) uint8."""
+        item = out.shape[1] // size_of(columns, 0)
+        read = out
+        if spans != columns:
+            read = np.empty((len(out), size_of(spans, 0) * item), np.uint8)
+        buffer, at = read.data.cast("B"), 0
+        for index in (index for start, stop in group for index in range(start, stop)):
+            for left, right in spans:
+                size = (right - left) * item
+                self._read(buffer[at : at + size], index * row + left * item)
                 at += size
-                continue
-            for index in range(start, stop):
-                for left, right in spans:
-                    size = (right - left) * item
-                    self._read(buffer[at : at + size], index * row + left * item)
-                    at += size
-        return out
+        if read is not out:
+            pick(out, read, runs_of(within(columns, spans), item))
 
     def _read(self, buffer: memoryview, offset: int) -> None:
         self.file.read_into(buffer, self.offset + offset, f"tensor {self.name}")
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite, in a tenth of the time of `isfinite().all()`: NaN is the
-    smallest and the largest of any values that it is among."""
-    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+    """Whether no value is NaN or infinite, in a tenth of the time of `isfinite().all()`.
+
+    NaN is the smallest and the largest of any values that it is among. On the CPU, of the stored
+    types, the bits are compared in one thread, since torch's wait for each other where the machine
+    is busy: as integers with a sign what is positive and not finite comes from infinity on, without
+    one what is negative. The plain twin is `isfinite().all()`.
+    """
+    if values.numel() == 0:
+        return True
+    if values.device.type != "cpu" or values.dtype not in INTEGERS or not values.is_contiguous():
+        return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+    signed, infinite = INTEGERS[values.dtype]
+    bits = values.detach().view(signed).numpy()
+    negative = infinite + (1 << (8 * bits.itemsize - 1))
+    return bool(bits.max() < infinite and bits.view(f"u{bits.itemsize}").max() < negative)
 
 
 def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:
@@ -174,215 +205,3 @@ def assembled(blocks: Iterable[Tensor], out: Tensor) -> Tensor:
         at += len(block)
     assert at == len(out), (at, tuple(out.shape))
     return out
-
-
-def _merged(ranges: Ranges, gap: int) -> Ranges:
-    """Ascending ranges, joined where no more than `gap` lies between two."""
-    merged = [ranges[0]]
-    for start, stop in ranges[1:]:
-        if start - merged[-1][1] <= gap:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
-def _picked(values: Tensor, spans: Ranges, columns: Ranges) -> Tensor:
-    """Of columns read in `spans` those in `columns`: the gaps that were read too fall away."""
-    if spans == columns:
-        return values
-    parts, at = [], 0
-    remaining = list(columns)
-    for left, right in spans:
-        while remaining and remaining[0][1] <= right:
-            start, stop = remaining.pop(0)
-            parts.append(values[:, at + start - left : at + stop - left])
-        at += right - left
-    return torch.cat(parts, dim=1)
-
-
-def _grouped(ranges: Ranges, most: int) -> Iterator[list[tuple[int, int]]]:
-    """The same ranges in groups of at most `most` rows."""
-    group: list[tuple[int, int]] = []
-    left = most
-    for begin, stop in ranges:
-        start = begin
-        while start < stop:
-            end = min(stop, start + left)
-            group.append((start, end))
-            left -= end - start
-            start = end
-            if left == 0:
-                yield group
-                group, left = [], most
-    if group:
-        yield group
-
-
-class TensorStore(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint directory; headers are read and checked, nothing else.
-
-    Args:
-        expected: name -> shape of every tensor that must be there.
-        seals: what the files are compared with as they are read; None takes seals.json beside them,
-            if it is there.
-
-    Raises:
-        ValueError: a shard is missing, damaged or disagrees with the index, or a tensor is absent,
-            unknown, of another shape than by config.json or of a type that cannot be read.
-    """
-
-    def __init__(
-        self, directory: Path, expected: dict[str, tuple[int, ...]], seals: Seals | None = None
-    ) -> None:
-        self.directory = directory
-        self.seals = seals or Seals.read(directory)
-        self._tensors: dict[str, StoredTensor] = {}
-        if self.seals is not None:
-            self.seals.check(INDEX)
-        for path in shards(directory):
-            for name, found in _tensors_of(path, self.seals).items():
-                if name in self._tensors:
-                    first = self._tensors[name].file.path.name
-                    raise ValueError(f"{directory}: tensor {name} is in {first} and in {path.name}")
-                self._tensors[name] = found
-        _check_index(directory, self._tensors)
-        skipped = sorted(name for name in self._tensors if SKIPPED.match(name))
-        if skipped:
-            _say(
-                f"{directory}: {len(skipped)} tensors of multi-token prediction are left out "
-                f"({skipped[0]}, ...); what is written has none, and num_nextn_predict_layers is 0"
-            )
-        for name in skipped:
-            del self._tensors[name]
-        self.head_stored = "lm_head.weight" in self._tensors
-        if not self.head_stored and "lm_head.weight" in expected:
-            # Checkpoints with a tied head may store the embedding alone.
-            if "backbone.embeddings.weight" in self._tensors:
-                self._tensors["lm_head.weight"] = self._tensors["backbone.embeddings.weight"]
-        for name, shape in expected.items():
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                raise ValueError(
-                    f"{directory}: tensor {name} is missing from the shards{_hint(self._tensors)}"
-                )
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{directory}: tensor {name} has shape {tensor.shape}, config.json gives "
-                    f"{shape}"
-                )
-        unknown = sorted(set(self._tensors) - set(expected))
-        if unknown:
-            raise ValueError(
-                f"{directory}: unknown tensor {unknown[0]} ({len(unknown)} in all){_hint(unknown)}"
-            )
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-@cache
-def _say(line: str) -> None:
-    """Once: a run opens its parent at every step."""
-    log.info("%s", line)
-
-
-def _hint(names: Iterable[str]) -> str:
-    """What tensors of these names tell about where they come from; begins with a semicolon."""
-    names = list(names)
-    if any(name.endswith("rotary_emb.inv_freq") for name in names):
-        return (
-            "; rotary_emb.inv_freq is a buffer that older code stored, and Nemotron-H has no "
-            "rotary embedding: remove it"
-        )
-    if any(name.startswith("model.") for name in names):
-        return (
-            "; model.* is what transformers calls them in memory: write the checkpoint with "
-            "save_pretrained, which stores backbone.*"
-        )
-    return ""
-
-
-def shards(directory: Path) -> list[Path]:
-    """Files that hold the model's weights: those of the index, else `WHOLE` alone, whatever else
-    lies beside it (an optimizer's state, averaged weights)."""
-    weight_map = weight_map_of(directory)
-    if weight_map is None:
-        if not (directory / WHOLE).is_file():
-            raise ValueError(f"{directory}: no model weights found: neither {WHOLE} nor {INDEX}")
-        others = {path.name for path in directory.glob("*.safetensors")} - {WHOLE, *BESIDE}
-        if others:
-            _say(f"{directory}: {WHOLE} is read, not {', '.join(sorted(others))}")
-        return [directory / WHOLE]
-    files = [directory / name for name in sorted(set(weight_map.values()))]
-    if not files:
-        raise ValueError(f"{directory / INDEX}: names no shard")
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path}: shard is missing, though {INDEX} names it")
-    return files
-
-
-def _tensors_of(path: Path, seals: Seals | None) -> dict[str, StoredTensor]:
-    """What a shard holds, by its header."""
-    opened = OpenFile(path, seals)
-    start = bytearray(8)
-    try:
-        opened.read_into(memoryview(start), 0, "the header")
-        length = int.from_bytes(start, "little")
-        if length > opened.bytes - 8:
-            raise ValueError("the header is longer than the file")
-        text = bytearray(length)
-        opened.read_into(memoryview(text), 8, "the header")
-        with safe_open(path, framework="pt"):
-            pass  # it checks that header and size agree
-        header: dict[str, Any] = json.loads(text)
-    except SealBroken:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: shard is truncated or damaged ({error})") from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(
-                f"{path}: tensor {name} is stored as {entry['dtype']}; must be one of "
-                + ", ".join(DTYPES)
-            )
-        tensors[name] = StoredTensor(
-            name,
-            DTYPES[entry["dtype"]],
-            tuple(entry["shape"]),
-            opened,
-            8 + length + entry["data_offsets"][0],
-        )
-    return tensors
-
-
-def _check_index(directory: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Raise `ValueError` unless index and shards agree."""
-    weight_map = weight_map_of(directory)
-    if weight_map is None:
-        return
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise ValueError(
-                f"{directory / file}: has no tensor {name}, though {INDEX} puts it there"
-            )
-        found = tensors[name].file.path.name
-        if found != file:
-            raise ValueError(
-                f"{directory / INDEX}: puts tensor {name} into {file}, but it is in {found}"
-            )
-    absent = sorted(set(tensors) - set(weight_map))
-    if absent:
-        raise ValueError(
-            f"{directory / INDEX}: has no entry for tensor {absent[0]} of "
-            f"{tensors[absent[0]].file.path.name} ({len(absent)} in all)"
-        )

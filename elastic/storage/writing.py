@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from elastic.storage.behind import behind
 from elastic.storage.files import write_json
 from elastic.storage.index import INDEX
 from elastic.storage.reading import DTYPES, assembled
@@ -95,7 +96,10 @@ def write_shard(
     metadata: Mapping[str, str] | None = None,
 ) -> FileSeal:
     """One file: the length of the header, the header, the data without gaps; the same bytes for
-    the same tensors. Returns its seal."""
+    the same tensors. Returns its seal.
+
+    A thread writes while this one makes the next block.
+    """
     # Wider types first: then every tensor is aligned to its own type.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -109,10 +113,11 @@ def write_shard(
     with path.open("wb", buffering=0) as file:
         out = _Stream(file.fileno())
         out.write(memoryview(len(text).to_bytes(8, "little") + text))
-        for tensor in ordered:
-            for data in _bytes_of(tensor):
-                out.write(data)
-                written(len(data))
+        with behind(out.write) as write:
+            for tensor in ordered:
+                for data in _bytes_of(tensor):
+                    write(data)
+                    written(len(data))
     return out.sealing.seal()
 
 

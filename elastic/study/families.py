@@ -172,7 +172,8 @@ def lines(found: Sequence[Standing]) -> list[str]:
         *table(header, rows),
         "",
         f"the decision is {said}: {told.ratio:.3f} times the best, {told.errors:.1f} standard "
-        f"errors from it (law: at most {GOOD}, or within {ERRORS:.0f})",
+        f"errors from it",
+        f"(good is at most {GOOD} times, or within {ERRORS:.0f} standard errors)",
     ]
 
 

@@ -28,6 +28,7 @@ def stage_text(setup: Setup, stage: Stage, start_micro_step: int) -> TextDataMod
         start_micro_step=start_micro_step,
         rank=setup.place.rank,
         world_size=setup.place.world_size,
+        vocabulary=setup.shape.vocab_size,
     )
 
 
@@ -35,13 +36,18 @@ def calibration_text(setup: Setup) -> Calibration:
     """What the parent is ranked on, spread evenly over the training text; on the run's device.
 
     Raises:
-        ConfigError: the text is shorter than one sequence.
+        ConfigError: the text is shorter than one sequence, or has a token that the parent lacks.
     """
     settings = setup.config.importance
 
     def spread(samples: int, length: int, setting: str) -> Tensor:
-        names = {"setting": f"importance.{setting}", "text": "training text"}
-        windows = PackedTokens(setup.data.train, length, **names)
+        windows = PackedTokens(
+            setup.data.train,
+            length,
+            setting=f"importance.{setting}",
+            text="training text",
+            vocabulary=setup.shape.vocab_size,
+        )
         count = min(samples, len(windows))
         rows = [windows[i * len(windows) // count][:-1] for i in range(count)]
         return torch.stack(rows).to(setup.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.strategies import NANO_12B, tiny_shape
@@ -23,8 +24,10 @@ from elastic.config import (
     SpaceConfig,
 )
 from elastic.extract.export import extract
+from elastic.extract.slice import open_member
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
+from elastic.members.cut import member_cuts
 from elastic.storage.manifest import Manifest
 
 SHAPE = tiny_shape(hidden_size=32, intermediate_size=64, vocab_size=50)
@@ -100,6 +103,29 @@ def test_a_child_counts_what_a_cut_reads_and_holds(checkpoint: Path, tmp_path: P
     assert size < cost.bytes_read < bytes_of(SHAPE) + 100_000  # headers and JSON come to that
     assert cost.seconds > 0 and cost.verify_seconds is not None and cost.verify_seconds > 0
     assert 100 << 20 < cost.peak <= cost.verify_peak < 2 << 30
+
+
+def test_blocks_that_a_member_touches_are_counted_once(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against marking every kept byte; the whole model touches every block of data."""
+    monkeypatch.setattr(bench, "BLOCK_BYTES", 128)
+    for budget in ("whole", "small"):
+        member = open_member(checkpoint, budget)
+        marked = {path: np.zeros(path.stat().st_size, bool) for path in checkpoint.glob("model-*")}
+        for cut in member_cuts(member.parent, member.member.architecture):
+            stored = member.store[cut.source]
+            row = stored.dtype.itemsize * int(np.prod(stored.shape[1:]))
+            for start, stop in cut.cut[0] or ((0, stored.shape[0]),):
+                place = slice(stored.offset + start * row, stored.offset + stop * row)
+                marked[stored.file.path][place] = True
+        blocks = [
+            kept[at : at + 128] for kept in marked.values() for at in range(0, len(kept), 128)
+        ]
+        expected = sum(len(block) for block in blocks if block.any())
+        assert bench.touched_bytes(member) == expected
+    total = sum(len(kept) for kept in marked.values())
+    assert bench.touched_bytes(member) < 0.95 * total
 
 
 def test_the_copy_is_of_so_many_bytes(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
 
-from elastic.cli.command import CONF, arranged
+from elastic.cli.command import CONF, _explained, arranged
 from elastic.cli.overrides import addition, several, unreadable
-from elastic.config import ConfigError, RunConfig
+from elastic.config import ConfigError, RunConfig, parse
 
 
 def read(argument: str) -> object:
@@ -122,6 +123,42 @@ def test_only_where_names_are_free_is_an_addition_offered(
 ) -> None:
     shown = addition(key, [argument], RunConfig)
     assert shown.startswith(expected) and bool(shown) == bool(expected)
+
+
+PLACES = "must be one of budgets, curriculum, data, "
+REFUSED = (HydraException, OmegaConfBaseException, ValueError)
+"""What a command makes one line of."""
+
+OPTIM = "must be one of beta1, beta2, eps, gradient_clip, weight_decay"
+
+
+@pytest.mark.parametrize(
+    ("argument", "begins", "ends"),
+    [
+        ("speed=1", f"speed: unknown; {PLACES}", "trainer"),
+        ("+speed=1", f"speed: unknown; {PLACES}", "trainer"),
+        ("++speed=1", f"speed: unknown; {PLACES}", "trainer"),
+        ("+trainer.speed=1", "trainer.speed: unknown; must be one of accelerator, ", "every"),
+        ("++trainer.speed=1", "trainer.speed: unknown; must be one of accelerator, ", "every"),
+        ("+nowhere.deep.key=1", f"nowhere: unknown; {PLACES}", "trainer"),
+        ("+optim.temperature=2", f"optim.temperature: unknown; {OPTIM}; obj", "is a setting"),
+        ("++optim.temperature=2", f"optim.temperature: unknown; {OPTIM}; obj", "is a setting"),
+        ("+budgets.x.param=0.5", "budgets.x.param: unknown; must be one of ", "params"),
+        ("++budgets.full.param=1", "budgets.full.param: unknown; must be one of ", "params"),
+        ("+seed=3", "+seed: is set already; to change it: seed=3", "3"),
+        ("+name=a b", "+name: is set already; to change it: 'name=a b'", "'"),
+        ("+parent=tiny", "+parent: is set already; to change it: parent=tiny", "tiny"),
+    ],
+)
+def test_what_cannot_be_added_is_named_without_its_sign(
+    argument: str, begins: str, ends: str
+) -> None:
+    """And nobody is told to add what was just added."""
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(REFUSED) as caught:
+        parse(compose("train", [argument]), RunConfig)
+    line = _explained(caught.value, [argument], RunConfig)
+    assert line.startswith(begins) and line.endswith(ends) and "\n" not in line, line
+    assert "to add it" not in line
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,15 @@ def test_lightning_passes_the_stream_on_unchanged() -> None:
     )
     trainer.fit(module, datamodule=make(start_micro_step=2))
     torch.testing.assert_close(torch.stack(module.batches), torch.stack(batches(5)[2:]))
+
+
+@pytest.mark.parametrize("wrong", ["train", "validation"])
+def test_batches_are_held_against_the_vocabulary(wrong: str) -> None:
+    """Of the text that has the token; the other one gives its batches."""
+    right = {"train": "validation", "validation": "train"}[wrong]
+    settings: dict[str, Any] = {right: TOKENS % 7}
+    module = make(vocabulary=7, **settings)
+    loaders = {"train": module.train_dataloader(), "validation": module.val_dataloader()}
+    assert len(list(islice(loaders[right], 3))) == 3
+    with pytest.raises(ConfigError, match=r"text: has token \d+, the parent's vocabulary is 7; "):
+        list(islice(loaders[wrong], 3))

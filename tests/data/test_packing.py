@@ -103,3 +103,20 @@ def test_a_failed_save_leaves_what_was_there(
         save_tokens(tmp_path / "t.npy", np.arange(9))
     assert len(load_tokens(tmp_path / "t.npy")) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["t.npy"]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_token_that_the_vocabulary_lacks_is_named_with_its_file(
+    tmp_path: Path, stored: bool
+) -> None:
+    """The window that has it; its neighbours, and any token where no vocabulary is given, pass."""
+    tokens: np.ndarray = np.arange(9, dtype=np.uint16)
+    save_tokens(tmp_path / "t.npy", tokens)
+    held = load_tokens(tmp_path / "t.npy") if stored else tokens
+    where = str(tmp_path / "t.npy") if stored else "training text"
+    windows = PackedTokens(held, 4, text="training text", vocabulary=8)
+    assert windows[0].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ConfigError) as error:
+        windows[1]
+    assert str(error.value).startswith(f"{where}: has token 8, the parent's vocabulary is 8; ")
+    assert PackedTokens(held, 4)[1].tolist() == PackedTokens(held, 4, vocabulary=9)[1].tolist()

@@ -11,10 +11,11 @@ import pytest
 
 from elastic.config import ConfigError, DataConfig
 from elastic.data import prepare
+from elastic.data.packing import Tokens
 from elastic.data.prepare import TEXTS, PreparedData, prepare_data
 from elastic.data.tokenizer import train_tokenizer
 from elastic.storage import seals
-from elastic.storage.seals import SealBroken
+from elastic.storage.seals import FileSeal, SealBroken, Seals
 
 
 @pytest.fixture
@@ -148,6 +149,28 @@ def trained_on(config: DataConfig, run: Path) -> str:
     prepared = prepare_data(config, run, None)
     prepared.save(run)
     return prepared.digest
+
+
+def test_tokens_are_hashed_once_however_often_they_are_asked_for(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the seals and for the checkpoints' digest alike, before and after they are saved; what
+    is found on disk has its seals there."""
+    hashed: list[int] = []
+    original = prepare.sealed_tokens
+
+    def counting(tokens: Tokens) -> FileSeal:
+        hashed.append(len(tokens))
+        return original(tokens)
+
+    monkeypatch.setattr(prepare, "sealed_tokens", counting)
+    run = tmp_path / "run" / "data"
+    digest = trained_on(config, run)
+    prepared = prepare_data(config, tmp_path / "other" / "data", None)
+    before, _ = prepared.digest, prepared.save(tmp_path / "other" / "data")
+    assert digest == before == prepared.digest and len(hashed) == 6
+    found = Seals.read(tmp_path / "other" / "data")
+    assert found is not None and found == Seals.of(tmp_path / "other" / "data")
 
 
 @pytest.mark.parametrize(

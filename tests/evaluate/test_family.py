@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from helpers.runs import small_settings
 from safetensors.torch import load_file, save_file
 
-from elastic.config import EvaluateConfig, ExtractConfig
+from elastic.config import ConfigError, EvaluateConfig, ExtractConfig
+from elastic.evaluate import family
 from elastic.evaluate.family import evaluate
 from elastic.extract.export import extract
 from elastic.training.launch import launch
@@ -161,3 +163,20 @@ def test_what_is_not_the_member_is_named_and_not_measured(
         measure(run_dir, members, tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "family.json").exists()
+
+
+def test_a_prompt_that_the_tokenizer_drops_is_named(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do that strip what they have no token for; transformers would fail far from it."""
+
+    class Drops:
+        eos_token_id = None
+
+        def __call__(self, prompt: str, return_tensors: str) -> Any:
+            return SimpleNamespace(input_ids=torch.zeros(1, 0))
+
+    monkeypatch.setattr(family, "load_tokenizer", lambda *_: Drops())
+    with pytest.raises(ConfigError, match="^prompts: the tokenizer makes no token of 'def '"):
+        measure(run_dir, None, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from elastic.extract.export import extract
 from elastic.extract.slice import OpenMember, open_member
 from elastic.extract.verify import MEMORY_BYTES, verify, whole_model_bytes
 from elastic.members.architecture import Architecture
-from elastic.storage.reading import TensorStore
+from elastic.storage.store import TensorStore
 
 
 def verify_in_blocks(output: Path, member: OpenMember) -> compare.Verified:

@@ -5,8 +5,9 @@ found here.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from elastic.cli.command import CONF
 from elastic.cli.commands import COMMANDS
 from elastic.config import ConfigError, RunConfig, parse
-from elastic.config.ranges import MOST
+from elastic.config.ranges import MOST, check_ranges
 
 MAY_BE_NEGATIVE = ("full_bias", "time_step_limit")
 
@@ -58,6 +59,21 @@ def composed(command: str) -> Any:
 
 SETTINGS = {name: composed(name) for name in COMMANDS}
 
+MERGED = {
+    name: OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(command.schema), settings))
+    for (name, command), settings in zip(COMMANDS.items(), SETTINGS.values(), strict=True)
+}
+"""What the gate holds against the ranges: merging takes a hundred times as long as comparing."""
+
+
+def with_number(settings: Any, key: list[str], value: Any) -> dict[str, Any]:
+    """Settings as plain values with another one, in mappings that were null if need be."""
+    if not key:
+        return value
+    first, *rest = key
+    return {**(settings or {}), first: with_number((settings or {}).get(first), rest, value)}
+
+
 OF_A_RUN = {field.name for field in fields(RunConfig)}
 
 
@@ -85,26 +101,48 @@ def test_all_commands_and_hundreds_of_numbers_are_walked() -> None:
     assert {"seed", "space.hidden", "curriculum.stages.pretrain.tokens", "plan.gpu_gib"} <= keys
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, 2**64) for name in COMMANDS), ("train", float("inf")), ("train", float("nan"))],
+)
+def test_every_command_goes_through_the_gate(name: str, value: float) -> None:
+    """What is compared below is what `parse` compares."""
+    kind = int if isinstance(value, int) else float
+    key = next(c.values[1] for c in CASES if c.values[0] == name and c.values[2:] == (kind, False))
+    raw = SETTINGS[name].copy()
+    OmegaConf.update(raw, key, value, force_add=True)
+    with pytest.raises(ConfigError, match="must be (at most|a finite number)"):
+        parse(raw, COMMANDS[name].schema)
+
+
 @pytest.mark.parametrize(("name", "key", "kind", "several"), CASES)
 def test_a_number_out_of_range_is_refused_in_one_line(
     name: str, key: str, kind: type, several: bool
 ) -> None:
-    """Too large, far below 0, infinite, not a number."""
+    """Too large, far below 0, infinite, not a number: compared as the gate does it, and one of them
+    through the gate itself, which also knows what must not be negative."""
     last = key.rpartition(".")[2]
     in_mapping = key.rpartition(".")[0].rpartition(".")[2]
     assert last in MOST or in_mapping in MOST, f"{key}: elastic/config/ranges.py has no range"
     wrong: list[Any] = [2**64, -(2**64)] if kind is int else [1e300, -1e300]
     wrong += [float("inf"), float("nan")]
-    if last not in MAY_BE_NEGATIVE and in_mapping not in MAY_BE_NEGATIVE:
-        wrong.append(-1)
-    for value in wrong:
-        raw = SETTINGS[name].copy()
-        OmegaConf.update(raw, key, [value] if several else value, force_add=True)
+    schema = COMMANDS[name].schema
+
+    def refused(check: Callable[[], object]) -> None:
         with pytest.raises(ConfigError) as caught:
-            parse(raw, COMMANDS[name].schema)
+            check()
         line = str(caught.value)
         assert "\n" not in line and 0 < len(line) < 500
         assert last in line or in_mapping in line, line
+
+    for value in wrong:
+        changed = with_number(MERGED[name], key.split("."), [value] if several else value)
+        refused(partial(check_ranges, changed, schema))
+    signed = last in MAY_BE_NEGATIVE or in_mapping in MAY_BE_NEGATIVE
+    value = wrong[0] if signed else -1
+    raw = SETTINGS[name].copy()
+    OmegaConf.update(raw, key, [value] if several else value, force_add=True)
+    refused(partial(parse, raw, schema))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from elastic.members.architecture import Space
 from elastic.members.cut import tensor_shapes
 from elastic.parent import HybridParent
 from elastic.parent.weights import save_parent
-from elastic.storage.reading import TensorStore
 from elastic.storage.seals import SealBroken, Seals, damage
+from elastic.storage.store import TensorStore
 from elastic.storage.writing import Pending
 
 rank_module = importlib.import_module("elastic.importance.rank")  # the name `rank` is the function

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from elastic.members.cut import Ranges
 from elastic.storage import reading, seals
+from elastic.storage.index import INDEX
 from elastic.storage.opened import OpenFile
-from elastic.storage.reading import TensorStore
 from elastic.storage.seals import SealBroken, Seals
+from elastic.storage.store import WHOLE, TensorStore
 
 SHAPES = {"matrix": (23, 37), "vector": (41,), "taps": (19, 1, 4), "half": (23, 37)}
 
@@ -95,17 +95,17 @@ def test_what_is_read_exceeds_what_is_kept_within_bounds(
     tmp_path: Path, width: int, columns: Ranges, whole: bool
 ) -> None:
     """Kept rows alone; in whole rows no system call for each; else at most the gaps more."""
-    save_file({"a": torch.randn(40, width)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.randn(40, width)}, tmp_path / WHOLE)
     stored = TensorStore(tmp_path, {"a": (40, width)})["a"]
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        read = OpenFile.read_into
+        read = OpenFile._read
 
-        def counting(self: OpenFile, buffer: memoryview, *rest: Any) -> None:
+        def counting(self: OpenFile, buffer: memoryview, offset: int) -> None:
             calls.append(len(buffer))
-            read(self, buffer, *rest)
+            read(self, buffer, offset)
 
-        patch.setattr(OpenFile, "read_into", counting)
+        patch.setattr(OpenFile, "_read", counting)
         stored.read((((20, 35), (3, 5)), columns))
     kept = sum(stop - start for start, stop in columns)
     if whole:
@@ -152,7 +152,7 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path: Path, name: str) -> N
     change, message = BAD_INDEX[name]
     weight_map = two_shards(tmp_path)
     expected = {"a": (2,), "b": (3,), "c": (4,)}
-    index = tmp_path / reading.INDEX
+    index = tmp_path / INDEX
     index.write_text(json.dumps({"weight_map": weight_map}))
     assert set(TensorStore(tmp_path, expected)) == set(expected)
     change(weight_map)
@@ -164,7 +164,7 @@ def test_an_index_that_disagrees_with_the_shards(tmp_path: Path, name: str) -> N
 def test_layers_for_multi_token_prediction_are_left_out_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.zeros(2), "mtp.layers.0.w": torch.zeros(3)}, tmp_path / WHOLE)
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert set(TensorStore(tmp_path, {"a": (2,)})) == {"a"}
@@ -176,7 +176,7 @@ def test_without_an_index_one_file_is_the_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An optimizer's state or averaged weights of the same names lie beside it."""
-    save_file({"a": torch.ones(2)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.ones(2)}, tmp_path / WHOLE)
     for name in ("ema", "optimizer", "zz"):
         save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
     save_file({"r": torch.zeros(2)}, tmp_path / "router.safetensors")
@@ -184,7 +184,7 @@ def test_without_an_index_one_file_is_the_checkpoint(
         assert TensorStore(tmp_path, {"a": (2,)})["a"].read().tolist() == [1, 1]
     said = "model.safetensors is read, not ema.safetensors, optimizer.safetensors, zz.safetensors"
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [said]
-    (tmp_path / reading.WHOLE).unlink()
+    (tmp_path / WHOLE).unlink()
     with pytest.raises(ValueError, match="no model weights found: neither model.safetensors nor"):
         TensorStore(tmp_path, {"a": (2,)})
 
@@ -195,7 +195,7 @@ def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
     name = next(name for name, file in weight_map.items() if file == "one.safetensors")
     two = load_file(tmp_path / "two.safetensors")
     save_file(two | {name: torch.zeros(1)}, tmp_path / "two.safetensors")
-    (tmp_path / reading.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=f"tensor {name} is in one.safetensors and in two.safe"):
         TensorStore(tmp_path, {"a": (2,), "b": (3,), "c": (4,)})
 
@@ -210,25 +210,25 @@ def test_a_name_in_two_shards_is_refused(tmp_path: Path) -> None:
     ids=["memory", "rotary", "none"],
 )
 def test_names_from_elsewhere_get_a_hint(tmp_path: Path, stored: list[str], hint: str) -> None:
-    save_file({name: torch.zeros(2) for name in stored}, tmp_path / reading.WHOLE)
+    save_file({name: torch.zeros(2) for name in stored}, tmp_path / WHOLE)
     with pytest.raises(ValueError, match=hint):
         TensorStore(tmp_path, {"a": (2,)})
 
 
 def test_other_tensors_and_types_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(2), "z": torch.zeros(3)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.zeros(2), "z": torch.zeros(3)}, tmp_path / WHOLE)
     with pytest.raises(ValueError, match="unknown tensor z"):
         TensorStore(tmp_path, {"a": (2,)})
-    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / WHOLE)
     with pytest.raises(ValueError, match="tensor a is stored as I8; must be one of F64, F32, BF16"):
         TensorStore(tmp_path, {"a": (2,)})
 
 
 def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     """Never zeros in place of what is gone."""
-    save_file({"a": torch.zeros(100)}, tmp_path / reading.WHOLE)
+    save_file({"a": torch.zeros(100)}, tmp_path / WHOLE)
     store = TensorStore(tmp_path, {"a": (100,)})
-    with (tmp_path / reading.WHOLE).open("r+b") as file:
+    with (tmp_path / WHOLE).open("r+b") as file:
         file.truncate(300)
     with pytest.raises(ValueError, match="model.safetensors: shard is truncated"):
         store["a"].read()
@@ -254,6 +254,20 @@ def test_a_flipped_bit_is_named_with_its_tensor(tmp_path: Path) -> None:
             TensorStore(tmp_path, expected)
 
 
+@given(st.data(), st.sampled_from(list(reading.DTYPES.values())))
+def test_finite_is_what_torch_calls_finite(data: st.DataObject, dtype: torch.dtype) -> None:
+    """Of any bits: the largest numbers, those too small to be normal, every kind of NaN."""
+    integers, infinite = reading.INTEGERS[dtype]
+    most = 1 << (8 * dtype.itemsize - 1)
+    near = [infinite - most + d for d in (-1, 0, 1)] + [infinite + d for d in (-1, 0, 1)]
+    ends = [*near, -most, -1, 0, 1, most - 1]
+    bits = st.one_of(st.sampled_from(ends), st.integers(-most, most - 1))
+    values = torch.tensor(data.draw(st.lists(bits, max_size=5)), dtype=integers).view(dtype)
+    assert reading.all_finite(values) == bool(values.isfinite().all())
+    spread = torch.stack((values, values), dim=1)[:, 0]  # not contiguous
+    assert reading.all_finite(spread) == bool(values.isfinite().all())
+
+
 VALUES = (math.nan, -math.nan, math.inf, -math.inf)
 
 
@@ -266,7 +280,7 @@ def test_a_value_that_is_not_finite_is_named_wherever_it_is(
     for row, column in ((0, 0), (7, 12), (22, 36)):
         weight = torch.randn(23, 37).to(dtype)
         weight[row, column] = value
-        save_file({"a": weight}, tmp_path / reading.WHOLE)
+        save_file({"a": weight}, tmp_path / WHOLE)
         stored = TensorStore(tmp_path, {"a": (23, 37)})["a"]
         line = rf"model\.safetensors: tensor a has -?(nan|inf) in row {row}; weights must be finite"
         cuts = (None, (((20, 23), (0, 9)), None), (None, ((0, 1), (12, 13), (30, 37))))
@@ -282,7 +296,7 @@ def test_a_cut_checks_what_it_keeps_and_no_more(tmp_path: Path) -> None:
         weight = torch.full((4, 6), torch.finfo(dtype).max, dtype=dtype)
         weight[:, 1] = torch.finfo(dtype).min
         weight[2], weight[:, 3] = math.nan, math.inf
-        save_file({"a": weight}, tmp_path / reading.WHOLE)
+        save_file({"a": weight}, tmp_path / WHOLE)
         stored = TensorStore(tmp_path, {"a": (4, 6)})["a"]
         kept = stored.read((((3, 4), (0, 2)), ((0, 3), (4, 6))))
         assert torch.equal(kept, weight[[3, 0, 1]][:, [0, 1, 2, 4, 5]])

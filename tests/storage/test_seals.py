@@ -2,6 +2,7 @@
 be."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,22 +175,53 @@ def test_an_output_inside_its_input_is_refused(tmp_path: Path) -> None:
         refuse_inside("output", tmp_path / name, *inputs)
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=12))
+def scan(file: OpenFile, start: int, stop: int) -> bytes:
+    """The same in pieces, each of one block."""
+    pieces: list[bytes] = []
+    file.scan(start, stop - start, lambda piece: pieces.append(bytes(piece)), "tensor x")
+    assert all(0 < len(piece) <= BLOCK for piece in pieces)
+    return b"".join(pieces)
+
+
+READERS = [read, scan]
+
+SPANS = st.tuples(st.integers(0, 300), st.integers(0, 300), st.sampled_from(READERS))
+
+
+@given(st.lists(SPANS, max_size=12), st.booleans())
 def test_any_reads_give_the_bytes_of_the_file(
-    tmp_path_factory: pytest.TempPathFactory, reads: list[tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory,
+    reads: list[tuple[int, int, Callable[[OpenFile, int, int], bytes]]],
+    with_seals: bool,
 ) -> None:
-    """In any order, across blocks, again: the plain twin is slicing."""
+    """In any order, across blocks, again, whole or scanned: the plain twin is slicing."""
     directory = tmp_path_factory.mktemp("any")
     content = sealed(directory)
-    file = opened(directory)
-    for start, stop in reads:
+    file = opened(directory) if with_seals else OpenFile(directory / "a")
+    for start, stop, reader in reads:
         if start < stop:
-            assert read(file, start, stop) == content[start:stop]
+            assert reader(file, start, stop) == content[start:stop]
+    for reader in READERS:
+        with pytest.raises(ValueError, match="a: shard is truncated"):
+            reader(file, 250, 301)
 
 
-@given(st.integers(0, 299), st.integers(0, 299), st.integers(1, 300))
+def test_going_back_and_forth_between_blocks(tmp_path: Path) -> None:
+    """A part of a block that was checked before takes the place of the one that was held."""
+    content = sealed(tmp_path)
+    file = opened(tmp_path)
+    for block in (0, 1, 0, 1, 1, 0, 0):
+        start = block * BLOCK + 3
+        assert scan(file, start, start + 30) == content[start : start + 30]
+
+
+@given(st.integers(0, 299), st.integers(0, 299), st.integers(1, 300), st.sampled_from(READERS))
 def test_a_damaged_block_is_found_by_whoever_touches_it_and_by_no_other(
-    tmp_path_factory: pytest.TempPathFactory, place: int, start: int, count: int
+    tmp_path_factory: pytest.TempPathFactory,
+    place: int,
+    start: int,
+    count: int,
+    reader: Callable[[OpenFile, int, int], bytes],
 ) -> None:
     directory = tmp_path_factory.mktemp("any")
     content = sealed(directory)
@@ -198,12 +230,17 @@ def test_a_damaged_block_is_found_by_whoever_touches_it_and_by_no_other(
     if start // BLOCK <= place // BLOCK <= (stop - 1) // BLOCK:
         said = f"block {place // BLOCK} .*differs from what was sealed, seen in tensor x; restore"
         with pytest.raises(SealBroken, match=said):
-            read(opened(directory), start, stop)
+            reader(opened(directory), start, stop)
     else:
-        assert read(opened(directory), start, stop) == content[start:stop]
+        assert reader(opened(directory), start, stop) == content[start:stop]
 
 
-def test_a_stream_reads_no_byte_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reader", READERS)
+def test_a_stream_reads_no_byte_twice(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    reader: Callable[[OpenFile, int, int], bytes],
+) -> None:
     """Blocks that reads end within are kept until the next."""
     sealed(tmp_path)
     counted: list[int] = []
@@ -216,10 +253,10 @@ def test_a_stream_reads_no_byte_twice(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(OpenFile, "_read", counting)
     file = opened(tmp_path)
     for start in range(0, 300, 50):
-        read(file, start, start + 50)
+        reader(file, start, start + 50)
     assert sum(counted) == 300
     counted.clear()
-    assert len(read(file, 0, 300)) == 300 and sum(counted) <= 300
+    assert len(reader(file, 0, 300)) == 300 and sum(counted) <= 300
 
 
 def test_what_was_held_is_not_mistaken_for_a_damaged_block(tmp_path: Path) -> None:

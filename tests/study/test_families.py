@@ -63,7 +63,7 @@ def figures(*kls: tuple[float, float]) -> list[Record]:
 
 TWO_SEEDS = {
     0: figures((1.0, 2.0), (1.1, 2.1), (2.0, 3.0)),
-    1: figures((1.0, 2.0), (1.0, 2.0), (2, 3)),
+    1: figures((1.0, 2.0), (1.0, 2.0), (2.0, 3.0)),
 }
 
 
