@@ -142,7 +142,7 @@ class _Bench:
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
         self.teacher = OnlineTeacher(self.parent, config.precision, None)
         self.families = {frozen: self._family() for frozen in (False, True)}
-        self.families[True].freeze(choices, 0.0)
+        self.families[True].freeze(choices)
         text = random_tokens(self.shape.vocab_size, SEQUENCES, config.sequence_length, config.seed)
         self.text = text.flatten().numpy()
 

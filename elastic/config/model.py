@@ -338,6 +338,11 @@ class RouterConfig:
     candidates: int = 8
     """Members per budget, the router's most probable ones, whose distillation loss is compared when
     the choices become final; 1 takes the most probable unmeasured."""
+    rounds: int = 0
+    """Comparisons that follow while the better half trains as itself, half of the rest leaving in
+    each; 0 decides by the first one alone."""
+    round_share: float = 0.02
+    """Length of a round, a share of the elastic tokens."""
     settled_steps: int = 0
     """Freeze earlier once every choice has been the same, with probability over 0.9, for this many
     optimizer steps; 0 never does."""
@@ -358,6 +363,13 @@ class RouterConfig:
         require(self.scale_end > 0, "router.scale_end", self.scale_end, "positive")
         require(0 < self.freeze_at <= 1, "router.freeze_at", self.freeze_at, "in (0, 1]")
         require(1 <= self.candidates <= 64, "router.candidates", self.candidates, "in [1, 64]")
+        require(0 <= self.rounds <= 8, "router.rounds", self.rounds, "in [0, 8]")
+        require(
+            0 < self.round_share and self.freeze_at + self.rounds * self.round_share <= 1,
+            "router.round_share",
+            self.round_share,
+            f"positive, and {self.rounds} rounds must fit behind router.freeze_at={self.freeze_at}",
+        )
         require(self.noise_groups > 0, "router.noise_groups", self.noise_groups, "positive")
         require(self.settled_steps >= 0, "router.settled_steps", self.settled_steps, "at least 0")
         require(

@@ -45,13 +45,13 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
         "num_nodes",
     ),
     (10**4, "hidden_units devices jobs threads"),
-    (64, "conv_kernel candidates"),
+    (64, "conv_kernel candidates rounds"),
     (
         WEIGHT,
         "distillation_weight cross_entropy_weight budget_weight budget_rate temperature "
         "temperature_start temperature_end scale_start scale_end full_bias model_lr router_lr "
-        "weight_decay tolerance freeze_at hard_probability final_lr_ratio budget_probabilities "
-        "beta1 beta2 utilisation share shares scale",
+        "round_share weight_decay tolerance freeze_at hard_probability final_lr_ratio "
+        "budget_probabilities beta1 beta2 utilisation share shares scale",
     ),
     (1e9, "gradient_clip gpu_gib reserve_gib node_gib gpu_tflops price_per_gpu_hour"),
     (1e30, "time_step_limit"),

@@ -1,11 +1,12 @@
 """The decision at the freeze: the router proposes members, their distillation loss decides.
 
 A router's probabilities come from noisy soft masks, and members of one size may differ in loss by a
-factor of two. So the most probable members of each budget that meet its target are compared as
-they would be cut, and the nested family with the least sum of losses is frozen. What the router
-itself preferred is kept beside it.
+factor of two. So the most probable members of each budget that meet its target are compared, as
+they would be cut and in rounds while they train (`trial`), and the nested family with the least sum
+of losses is frozen. What the router itself preferred is kept beside it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ class Candidate:
     kl: float
     """To the teacher, in nats per token."""
     tokens: int
-    """Trained as itself before: 0 while candidates are compared as they are cut."""
+    """Trained as itself before it was compared last."""
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in elastic.json."""
@@ -70,30 +71,68 @@ class Decision:
         )
 
 
-def least_loss(
-    candidates: Candidates, losses: Mapping[str, Sequence[float]], nested: bool
-) -> dict[str, int]:
+Losses = Mapping[str, Sequence[float]]
+"""Of the candidates of every budget, in their order."""
+
+
+def sums_through(candidates: Candidates, losses: Losses, nested: bool) -> dict[str, list[float]]:
+    """The least sum of losses of a family that has each candidate; infinite where none is nested.
+
+    Budgets are largest first. Neighbours decide over nesting, so that two passes over them do.
+    """
+    names = list(candidates)
+    upwards = _sums(candidates, losses, nested, names)
+    downwards = _sums(candidates, losses, nested, names[::-1])
+    return {
+        name: [
+            up + down - loss if math.isfinite(up + down) else math.inf
+            for up, down, loss in zip(upwards[name], downwards[name], losses[name], strict=True)
+        ]
+        for name in names
+    }
+
+
+def least_loss(candidates: Candidates, losses: Losses, nested: bool) -> dict[str, int]:
     """Position of the candidate of every budget: the family with the least sum of losses, nested
     where that is asked for.
 
     Budgets are largest first. One family at least must be legal.
     """
     names = list(candidates)
+    below = _sums(candidates, losses, nested, names[::-1])
+    picked: dict[str, int] = {}
+    outer: Choice | None = None
+    for name in names:
+        legal = [
+            (total, index)
+            for index, total in enumerate(below[name])
+            if math.isfinite(total) and _fits(candidates[name][index], outer, nested)
+        ]
+        assert legal, "no nested family among the candidates"
+        picked[name] = min(legal)[1]
+        outer = candidates[name][picked[name]]
+    return picked
 
-    def best(position: int, outer: Architecture | None) -> tuple[float, list[int]] | None:
-        if position == len(names):
-            return 0.0, []
-        name, found = names[position], None
-        for index, choice in enumerate(candidates[name]):
-            if nested and outer is not None and not choice.architecture.is_within(outer):
-                continue
-            rest = best(position + 1, choice.architecture)
-            if rest is not None:
-                total = losses[name][index] + rest[0]
-                if found is None or total < found[0]:
-                    found = total, [index, *rest[1]]
-        return found
 
-    solution = best(0, None)
-    assert solution is not None, "no nested family among the candidates"
-    return dict(zip(names, solution[1], strict=True))
+def _sums(
+    candidates: Candidates, losses: Losses, nested: bool, order: Sequence[str]
+) -> dict[str, list[float]]:
+    """The least sum of losses over the budgets up to each one, in an order from one end."""
+    found: dict[str, list[float]] = {}
+    downwards = list(order) == list(candidates)
+    before: list[tuple[Choice, float]] = []
+    for name in order:
+        found[name] = []
+        for choice, loss in zip(candidates[name], losses[name], strict=True):
+            sums = [] if before else [0.0]
+            for other, total in before:
+                inner, outer = (choice, other) if downwards else (other, choice)
+                if _fits(inner, outer, nested):
+                    sums.append(total)
+            found[name].append(loss + min(sums, default=math.inf))
+        before = list(zip(candidates[name], found[name], strict=True))
+    return found
+
+
+def _fits(inner: Choice, outer: Choice | None, nested: bool) -> bool:
+    return not nested or outer is None or inner.architecture.is_within(outer.architecture)

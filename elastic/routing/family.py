@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,38 @@ from elastic.members.cost import parameters
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.members.targets import smaller_budgets
 from elastic.parent import Member
-from elastic.routing.decide import Candidate, Compare, Decision, least_loss
+from elastic.routing.decide import Compare, Decision
 from elastic.routing.masks import soft_keep
 from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
 from elastic.routing.table import account, describe
+from elastic.routing.trial import Entrant, Trial
 
 log = logging.getLogger(__name__)
 
 SETTLED = 0.9
 """Least probability of every choice that counts as settled."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the router itself preferred for a budget when it learnt last."""
+
+    architecture: Architecture
+    """The most probable choice on every axis, whatever its size."""
+    params: int
+    log_probabilities: dict[Architecture, float]
+    """Of every candidate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        scores = [[member.to_json(), value] for member, value in self.log_probabilities.items()]
+        return {"choice": self.architecture.to_json(), "params": self.params, "scores": scores}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Wish":
+        """Inverse of `to_json`."""
+        scores = {Architecture.from_json(member): score for member, score in value["scores"]}
+        return cls(Architecture.from_json(value["choice"]), value["params"], scores)
 
 
 @dataclass(frozen=True)
@@ -64,10 +88,14 @@ class Family:
         """Budgets that have a choice, and norm weights of their own, by their position among these:
         in the router, and in those weights."""
         self.frozen: dict[str, Choice] | None = None
+        self.trial: Trial | None = None
+        """Candidates that train, between the router's last step and the decision."""
+        self._round_ends = 0.0
+        self._wishes: dict[str, Wish] = {}
         self.decisions: dict[str, Decision] = {}
         """How the frozen members were chosen, by budget; the whole parent is not."""
         self.held_until = 1.0
-        """Share of the elastic tokens after which rates fall: where the choices became final."""
+        """Share of the elastic tokens after which rates fall: where the router learnt last."""
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0
         self._printed = ""
@@ -87,13 +115,15 @@ class Family:
         """Budgets, largest first."""
         return list(self.targets)
 
-    def draw(self, budget: str, progress: float, seed: int) -> Draw:
-        """The member of `budget` for one forward pass; `progress` 0..1 is over all elastic
-        tokens."""
+    def draw(self, budget: str, progress: float, seed: int, tokens: int = 0) -> Draw:
+        """The member of `budget` for one forward pass over so many tokens; `progress` 0..1 is over
+        all elastic tokens."""
         if self.frozen is not None:
             return Draw(self.member(self.frozen[budget]), {}, {})
         if budget not in self.smaller:
             return Draw(None, {}, {})  # nothing to choose, and no mask teaches it anything else
+        if self.trial is not None:
+            return Draw(self.member(self.trial.draw(budget, seed, tokens)), {}, {})
         now = schedule(self.config, progress / self.config.freeze_at)
         generator = torch.Generator().manual_seed(seed)
         index = self.smaller[budget]
@@ -142,6 +172,8 @@ class Family:
         """The family as it would be cut now."""
         if self.frozen is not None:
             return self.frozen
+        if self.trial is not None:
+            return self.trial.best()
         log_probabilities = self._log_probabilities(progress)
         try:
             return self.search.family(self.targets, log_probabilities, self.nested)
@@ -157,22 +189,37 @@ class Family:
         self._printed = table
         return f"the family is\n{table}"
 
+    @property
+    def soft(self) -> bool:
+        """Whether members are masks that the router draws."""
+        return self.frozen is None and self.trial is None
+
     def freeze_if_due(self, progress: float, compare: Compare | None = None) -> bool:
-        """Fix the choices when the schedule says so, or when they have settled; True if just
-        now.
+        """Fix the choices when it is time, or when they have settled; True if just now.
 
         `compare` measures candidates; without it, or with one candidate, the router's most probable
-        family is taken unmeasured.
+        family is taken unmeasured. Where rounds are to follow, the better candidates train first.
         """
         if self.frozen is not None:
             return False
-        due = progress >= self.config.freeze_at or self._has_settled(progress)
-        if due:
-            self.freeze(self._decided(progress, compare), progress)
-        return due
+        if self.trial is None:
+            if progress < self.config.freeze_at and not self._has_settled(progress):
+                return False
+            self._begin(progress, compare)
+            if self.trial is None:
+                return True
+        elif progress >= self._round_ends and compare is not None:
+            self.trial.compared(compare(self.trial.alive))
+            self._round_ends = progress + self.config.round_share
+        if not self.trial.decided:
+            left = {name: len(choices) for name, choices in self.trial.alive.items()}
+            log.info("candidates that train on: %s", _counts(left))
+            return False
+        self._decide(self.trial.best(), self.trial.entrants)
+        return True
 
-    def _decided(self, progress: float, compare: Compare | None) -> dict[str, Choice]:
-        """The family to freeze; keeps how it was decided in `decisions`."""
+    def _begin(self, progress: float, compare: Compare | None) -> None:
+        """The router learns no more; its most probable members become candidates."""
         probable = self.choices(progress)
         log_probabilities = self._log_probabilities(progress)
         candidates: dict[str, list[Choice]] = {name: [probable[name]] for name in self.names}
@@ -182,23 +229,36 @@ class Family:
             )
             new = [c for c in more if c.architecture != probable[name].architecture]
             candidates[name] += new[: self.config.candidates - 1]
-        losses: dict[str, list[float]] = {}
-        picked = dict.fromkeys(candidates, 0)
-        if compare is not None and any(len(choices) > 1 for choices in candidates.values()):
-            losses = {name: list(values) for name, values in compare(candidates).items()}
-            picked = least_loss(candidates, losses, self.nested)
-        for name in self.smaller:
-            chosen = candidates[name][picked[name]]
             own = self._router_choice(log_probabilities[name])
-            measured = zip(candidates[name], losses.get(name, ()), strict=False)
+            scores = {
+                choice.architecture: self.search.log_probability(
+                    log_probabilities[name], choice.selection
+                )
+                for choice in candidates[name]
+            }
+            self._wishes[name] = Wish(own.architecture, own.params, scores)
+        several = any(len(choices) > 1 for choices in candidates.values())
+        self.held_until, self._round_ends = progress, progress + self.config.round_share
+        self.router.requires_grad_(False)
+        if compare is None or not several:
+            self._decide(probable, {})
+        else:
+            losses = compare(candidates)
+            self.trial = Trial(candidates, losses, self.nested, self.config.rounds)
+
+    def _decide(self, chosen: dict[str, Choice], entrants: Mapping[str, Sequence[Entrant]]) -> None:
+        """Freeze, and keep how it was decided."""
+        for name, wish in self._wishes.items():
             self.decisions[name] = Decision(
-                own.architecture,
-                own.params,
-                self.search.log_probability(log_probabilities[name], chosen.selection),
-                [Candidate(choice.architecture, kl, 0) for choice, kl in measured],
+                wish.architecture,
+                wish.params,
+                wish.log_probabilities[chosen[name].architecture],
+                [entrant.candidate for entrant in entrants.get(name, ())],
             )
-            log.info("%s", account(name, self.targets[name], self.decisions[name], chosen))
-        return {name: candidates[name][picked[name]] for name in self.names}
+            told = account(name, self.targets[name], self.decisions[name], chosen[name])
+            log.info("%s", told)
+        self.trial = None
+        self.freeze(chosen)
 
     def _router_choice(self, log_probabilities: LogProbabilities) -> Choice:
         """The most probable choice on every axis, whatever its size."""
@@ -210,9 +270,9 @@ class Family:
                 selection[axis] = (0,) * self.space.decisions(axis)
         return self.search.choice(selection)
 
-    def freeze(self, choices: dict[str, Choice], progress: float) -> None:
+    def freeze(self, choices: dict[str, Choice]) -> None:
         """Fix the choices for good; the router learns no more."""
-        self.frozen, self.held_until = choices, progress
+        self.frozen = choices
         self.router.requires_grad_(False)
         log.info("router frozen; %s", self.news(choices))
 
@@ -237,6 +297,9 @@ class Family:
         return {
             "frozen": frozen,
             "decisions": {name: each.to_json() for name, each in self.decisions.items()},
+            "trial": None if self.trial is None else self.trial.state(),
+            "round_ends": self._round_ends,
+            "wishes": {name: wish.to_json() for name, wish in self._wishes.items()},
             "held_until": self.held_until,
             "settled": self._settled,
             "picks": self._last_picks,
@@ -249,6 +312,12 @@ class Family:
         self.decisions = {name: Decision.from_json(value) for name, value in decisions}
         self._settled = state["settled"]
         self._last_picks = [(axis, pick) for axis, pick in state["picks"]]
+        self._round_ends = state["round_ends"]
+        wishes = state["wishes"].items()
+        self._wishes = {name: Wish.from_json(value) for name, value in wishes}
+        if state["trial"] is not None:
+            self.trial = Trial.from_state(state["trial"], self.nested, self.space.shape)
+            self.router.requires_grad_(False)
         if state["frozen"] is None:
             return
         members = {name: Architecture.from_json(value) for name, value in state["frozen"].items()}
@@ -274,3 +343,7 @@ class Family:
 
 def _detached(value: Tensor | float) -> Tensor | float:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _counts(left: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in left.items())

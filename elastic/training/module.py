@@ -154,10 +154,13 @@ class ElasticModule(L.LightningModule):
             number = micro_batch // self.stage.micro_batches
             drawn = step_passes(self.stage, self.probabilities, self.seed, step)[number][turn]
             budget, weight = drawn.budget, drawn.weight
-            group = self.global_rank * self.family.config.noise_groups // self.trainer.world_size
+            world, group = self.trainer.world_size, 0
+            if self.family.soft:  # a member that runs sliced is the same on every process
+                group = self.global_rank * self.family.config.noise_groups // world
             where = (self.stage.index, step, number, turn, group)
             seed = draw_seed(self.seed, "router", *where)
-            draw = self.family.draw(budget, self.progress, seed)
+            tokens = batch[:, 1:].numel() * world
+            draw = self.family.draw(budget, self.progress, seed, tokens)
             member, figures = draw.member, draw.figures
             terms = {name: value for name, value in draw.terms.items() if name != "total"}
             loss = draw.terms.get("total", loss)

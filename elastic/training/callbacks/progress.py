@@ -47,9 +47,7 @@ class Progress(Callback):
         due = time.time() - self.bar.last_print_t >= self.bar.mininterval
         if due:  # only then is the loss fetched from the device
             self.loss = float(loss_of(module, outputs))
-            phase = (
-                "" if module.family is None else "soft " if not module.family.frozen else "sliced "
-            )
+            phase = "" if module.family is None else "soft " if module.family.soft else "sliced "
             self.bar.set_postfix_str(f"{phase}{outputs['budget']} loss {self.loss:.3f}", False)
         self.bar.update(new_tokens(trainer, module, batch))
 
