@@ -319,6 +319,9 @@ class RouterConfig:
     """The routers and their schedules (arXiv 2511.16664, section 3.3). Shares are of all elastic
     tokens."""
 
+    kind: str = "axes"
+    """`axes` learns every choice by itself (the paper), `members` one distribution over all nested
+    families that meet the budgets, where there are at most 4,096."""
     hidden_units: int = 256
     """Width of each router's hidden layer."""
     full_bias: float = 3.0
@@ -352,6 +355,7 @@ class RouterConfig:
     """Groups of processes that draw noise of their own: more of it in a step, at no cost."""
 
     def __post_init__(self) -> None:
+        one_of("router.kind", self.kind, ("axes", "members"))
         require(self.hidden_units > 0, "router.hidden_units", self.hidden_units, "positive")
         require(
             0 < self.temperature_end <= self.temperature_start,

@@ -37,6 +37,28 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What the router itself preferred for a budget when it learnt last."""
+
+    architecture: Architecture
+    """The most probable choice on every axis, whatever its size."""
+    params: int
+    log_probabilities: dict[Architecture, float]
+    """Of every candidate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        scores = [[member.to_json(), value] for member, value in self.log_probabilities.items()]
+        return {"choice": self.architecture.to_json(), "params": self.params, "scores": scores}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Wish":
+        """Inverse of `to_json`."""
+        scores = {Architecture.from_json(member): score for member, score in value["scores"]}
+        return cls(Architecture.from_json(value["choice"]), value["params"], scores)
+
+
+@dataclass(frozen=True)
 class Decision:
     """How the member of a budget was chosen."""
 

@@ -1,24 +1,23 @@
 """The members in training: soft masks while the router learns, fixed architectures afterwards."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic.config import ConfigError, ObjectiveConfig, RouterConfig, SpaceConfig
-from elastic.losses import next_multiplier, router_terms
-from elastic.members.architecture import Architecture, Selection, Space
+from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
+from elastic.members.search import Choice, Search
 from elastic.members.targets import smaller_budgets
 from elastic.parent import Member
-from elastic.routing.decide import Compare, Decision
-from elastic.routing.masks import soft_keep
-from elastic.routing.router import Router, entropy, expected_parameters, sample, schedule
+from elastic.routing.axes import AxisProposals
+from elastic.routing.decide import Compare, Decision, Wish
+from elastic.routing.nested import FamilyProposals, FamilyRouter
+from elastic.routing.proposals import Proposals
+from elastic.routing.router import Router, schedule
 from elastic.routing.table import account, describe
 from elastic.routing.trial import Entrant, Trial
 
@@ -26,28 +25,6 @@ log = logging.getLogger(__name__)
 
 SETTLED = 0.9
 """Least probability of every choice that counts as settled."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the router itself preferred for a budget when it learnt last."""
-
-    architecture: Architecture
-    """The most probable choice on every axis, whatever its size."""
-    params: int
-    log_probabilities: dict[Architecture, float]
-    """Of every candidate."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        scores = [[member.to_json(), value] for member, value in self.log_probabilities.items()]
-        return {"choice": self.architecture.to_json(), "params": self.params, "scores": scores}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Wish":
-        """Inverse of `to_json`."""
-        scores = {Architecture.from_json(member): score for member, score in value["scores"]}
-        return cls(Architecture.from_json(value["choice"]), value["params"], scores)
 
 
 @dataclass(frozen=True)
@@ -73,14 +50,14 @@ class Family:
         space: Space,
         drop_order: tuple[int, ...],
         targets: Mapping[str, int],
-        router: Router,
+        router: Router | FamilyRouter,
         config: RouterConfig,
         space_config: SpaceConfig,
         objective: ObjectiveConfig,
         given: Mapping[str, Architecture] | None = None,
     ) -> None:
         self.space, self.drop_order, self.targets = space, drop_order, dict(targets)
-        self.router, self.config, self.objective = router, config, objective
+        self.router, self.config = router, config
         self.nested = space_config.nested
         self.search = Search(space, drop_order, space_config.tolerance)
         smaller = smaller_budgets(space.shape, self.targets)
@@ -99,16 +76,19 @@ class Family:
         self._last_picks: list[tuple[str, int]] = []
         self._settled = 0
         self._printed = ""
-        self._excess: dict[int, Tensor] = {}
         self.given = bool(given)
         """Whether settings gave the members, from the first step on."""
         if given:
             self.frozen, self.held_until = self._family(given), 0.0
             log.info("members are given; %s", self.news(self.frozen))
             return
-        flat: dict[str, dict] = {name: {} for name in self.targets}
-        # Unreachable targets stop here; and this family is there should the router's search fail.
-        self._some_family = self.search.family(self.targets, flat, self.nested)
+        self.proposals: Proposals
+        if isinstance(router, FamilyRouter):
+            self.proposals = FamilyProposals(router, self.search, smaller, config)
+        else:
+            self.proposals = AxisProposals(
+                router, self.search, targets, self.smaller, self.nested, config, objective
+            )
 
     @property
     def names(self) -> list[str]:
@@ -125,48 +105,22 @@ class Family:
         if self.trial is not None:
             return Draw(self.member(self.trial.draw(budget, seed, tokens)), {}, {})
         now = schedule(self.config, progress / self.config.freeze_at)
-        generator = torch.Generator().manual_seed(seed)
-        index = self.smaller[budget]
-        logits = self.router(index, now.scale)
-        multiplier = self.router.multipliers[index].clone()  # it is stepped in place
-        # Masks and counts of parameters are products too: bfloat16 would be off by half a per cent.
-        with torch.autocast(multiplier.device.type, enabled=False):
-            drawn = sample(logits, now.temperature, generator, self.config.hard_probability)
-            keep = soft_keep(self.space, self.drop_order, drawn)
-            # Of the distribution itself: noise would be paid for by making it narrow first.
-            even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
-            expected = expected_parameters(self.space, self.drop_order, even)
-            terms, excess = router_terms(expected, self.targets[budget], multiplier, self.objective)
-        self._excess[index] = excess
-        figures: dict[str, Tensor | float] = {
-            "temperature": now.temperature,
-            "scale": now.scale,
-            "entropy": entropy(even),
-            "expected_params": expected.mean(),
-            "multiplier": multiplier,
-        }
-        return Draw(keep, terms, {name: _detached(value) for name, value in figures.items()})
+        drawn = self.proposals.draw(budget, now, torch.Generator().manual_seed(seed))
+        figures = {"temperature": now.temperature, "scale": now.scale, **drawn.figures}
+        return Draw(drawn.keep, drawn.terms, figures)
 
-    def raise_prices(self, stepped: bool) -> None:
-        """After an optimizer step: the multipliers of the budgets that it drew follow how far their
-        sizes were off; `stepped` is false where the step was left out."""
-        if stepped:
-            for index, excess in self._excess.items():
-                price = self.router.multipliers[index]
-                price.copy_(next_multiplier(price, excess, self.objective))
-        self._excess.clear()
+    def stepped(self, taken: bool) -> None:
+        """After an optimizer step; not `taken` where it was left out."""
+        if self.soft:
+            self.proposals.stepped(taken)
 
     def member(self, choice: Choice) -> Member:
         """How to run a choice: None when it is the whole parent."""
         whole = Architecture.full(self.space.shape)
         return None if choice.architecture == whole else choice.architecture
 
-    def _log_probabilities(self, progress: float) -> dict[str, LogProbabilities]:
-        scale = schedule(self.config, progress / self.config.freeze_at).scale
-        found: dict[str, LogProbabilities] = {name: {} for name in self.names}
-        for name, index in self.smaller.items():
-            found[name] = self.router.log_probabilities(index, scale)
-        return found
+    def _scale(self, progress: float) -> float:
+        return schedule(self.config, progress / self.config.freeze_at).scale
 
     def choices(self, progress: float) -> dict[str, Choice]:
         """The family as it would be cut now."""
@@ -174,12 +128,7 @@ class Family:
             return self.frozen
         if self.trial is not None:
             return self.trial.best()
-        log_probabilities = self._log_probabilities(progress)
-        try:
-            return self.search.family(self.targets, log_probabilities, self.nested)
-        except Unreachable as error:
-            log.warning("%s; taking a family that is legal, but not the router's own", error)
-            return self._some_family
+        return self.proposals.family(self._scale(progress))
 
     def news(self, choices: Mapping[str, Choice]) -> str:
         """The table of a family, or that it is still the one that was printed last."""
@@ -220,28 +169,14 @@ class Family:
 
     def _begin(self, progress: float, compare: Compare | None) -> None:
         """The router learns no more; its most probable members become candidates."""
-        probable = self.choices(progress)
-        log_probabilities = self._log_probabilities(progress)
-        candidates: dict[str, list[Choice]] = {name: [probable[name]] for name in self.names}
-        for name in self.smaller:
-            more = self.search.members(
-                self.targets[name], log_probabilities[name], self.config.candidates
-            )
-            new = [c for c in more if c.architecture != probable[name].architecture]
-            candidates[name] += new[: self.config.candidates - 1]
-            own = self._router_choice(log_probabilities[name])
-            scores = {
-                choice.architecture: self.search.log_probability(
-                    log_probabilities[name], choice.selection
-                )
-                for choice in candidates[name]
-            }
-            self._wishes[name] = Wish(own.architecture, own.params, scores)
+        candidates, self._wishes = self.proposals.candidates(
+            self._scale(progress), self.config.candidates
+        )
         several = any(len(choices) > 1 for choices in candidates.values())
         self.held_until, self._round_ends = progress, progress + self.config.round_share
         self.router.requires_grad_(False)
         if compare is None or not several:
-            self._decide(probable, {})
+            self._decide({name: choices[0] for name, choices in candidates.items()}, {})
         else:
             losses = compare(candidates)
             self.trial = Trial(candidates, losses, self.nested, self.config.rounds)
@@ -260,16 +195,6 @@ class Family:
         self.trial = None
         self.freeze(chosen)
 
-    def _router_choice(self, log_probabilities: LogProbabilities) -> Choice:
-        """The most probable choice on every axis, whatever its size."""
-        selection: Selection = {}
-        for axis in self.space.choices:
-            if axis in log_probabilities:
-                selection[axis] = tuple(int(pick) for pick in log_probabilities[axis].argmax(-1))
-            else:
-                selection[axis] = (0,) * self.space.decisions(axis)
-        return self.search.choice(selection)
-
     def freeze(self, choices: dict[str, Choice]) -> None:
         """Fix the choices for good; the router learns no more."""
         self.frozen = choices
@@ -279,12 +204,7 @@ class Family:
     def _has_settled(self, progress: float) -> bool:
         if self.config.settled_steps == 0:
             return False
-        picks: list[tuple[str, int]] = []
-        sure = True
-        for log_probabilities in self._log_probabilities(progress).values():
-            for axis, values in log_probabilities.items():
-                picks.extend((axis, int(pick)) for pick in values.argmax(-1))
-                sure = sure and bool((values.max(-1) > math.log(SETTLED)).all())
+        picks, sure = self.proposals.picks(self._scale(progress), SETTLED)
         self._settled = self._settled + 1 if sure and picks == self._last_picks else 0
         self._last_picks = picks
         return self._settled >= self.config.settled_steps
@@ -339,10 +259,6 @@ class Family:
                     f"budgets.{name}.architecture: is not the member that this run trains; restore "
                     "it, or choose another run_dir"
                 )
-
-
-def _detached(value: Tensor | float) -> Tensor | float:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _counts(left: Mapping[str, int]) -> str:

@@ -107,8 +107,9 @@ class RouterOptimizer:
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, router: Router, config: OptimConfig) -> None:
+    def __init__(self, router: nn.Module, config: OptimConfig) -> None:
         self.weights, self.clip = dict(router.named_parameters()), config.gradient_clip
+        assert isinstance(router.multipliers, Tensor)
         self.multipliers = router.multipliers
         betas = (config.beta1, config.beta2)
         group = {"params": list(self.weights.values())}

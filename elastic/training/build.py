@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from elastic.importance import Ranking
+from elastic.members.search import Search
 from elastic.members.targets import smaller_budgets
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
 from elastic.routing.family import Family
+from elastic.routing.nested import FamilyRouter, nested_families
 from elastic.routing.router import Router
 from elastic.teacher import Teacher, build_teacher, cache_contents
 from elastic.training.setup import Setup
@@ -38,8 +40,14 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
     config = setup.config
     generator = torch.Generator().manual_seed(config.seed + 1)
     smaller = smaller_budgets(setup.shape, setup.targets)
-    choices = 0 if setup.given else len(smaller)
-    router = Router(setup.space, choices, config.router, generator)
+    router: Router | FamilyRouter
+    if config.router.kind == "members" and not setup.given:
+        search = Search(setup.space, ranking.drop_order, config.space.tolerance)
+        families = nested_families(search, setup.targets, config.space.nested)
+        router = FamilyRouter(families, config.router, generator)
+    else:
+        choices = 0 if setup.given else len(smaller)
+        router = Router(setup.space, choices, config.router, generator)
     return Family(
         setup.space,
         ranking.drop_order,

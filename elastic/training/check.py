@@ -10,11 +10,13 @@ from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
+from elastic.members.search import Search
 from elastic.parent.sealed import parent_seals
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config
 from elastic.parent.weights import locate, open_weights
 from elastic.routing.curriculum import plan
+from elastic.routing.nested import nested_families
 from elastic.routing.sizes import Sizes, check_sizes
 from elastic.storage.files import refuse_inside
 from elastic.teacher import check_teacher
@@ -41,6 +43,9 @@ def check(config: RunConfig, place: Place) -> Setup:
     if source is not None:
         refuse_inside("run_dir", Path(config.run_dir), source)
     sizes = _sizes(config, shape)
+    if config.router.kind == "members" and not sizes.given:  # before layers are ranked
+        search = Search(sizes.space, sizes.drop_order, config.space.tolerance)
+        nested_families(search, sizes.targets, config.space.nested)
     config.importance.rotates(shape.tied_head)  # refuses what this parent cannot do
     check_objective(config.objective, shape.vocab_size)
     device = find_device(config.trainer)

@@ -19,6 +19,7 @@ from elastic.parent.hybrid import Block
 from elastic.routing.curriculum import Stage, draw_seed, learning_rate_factor, step_passes
 from elastic.routing.decide import Compare
 from elastic.routing.family import Family
+from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import Teacher, documents_in
 
@@ -88,7 +89,7 @@ class ElasticModule(L.LightningModule):
         self._finite = True
 
     @property
-    def router(self) -> Router | None:
+    def router(self) -> Router | FamilyRouter | None:
         return None if self.family is None else self.family.router
 
     @property
@@ -276,7 +277,7 @@ class ElasticModule(L.LightningModule):
             else:
                 self.router_optimizer.forget()
         if self.family is not None:
-            self.family.raise_prices(good)
+            self.family.stepped(good)
         self.bad_steps = 0 if good else self.bad_steps + 1
         if good:
             return

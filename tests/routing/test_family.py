@@ -307,13 +307,13 @@ def test_a_price_follows_the_noise_free_size_of_a_budget_that_was_drawn() -> Non
     one, two = (family.draw("small", 0.0, seed) for seed in (1, 2))
     assert any(not torch.equal(a, b) for a, b in zip(masks(one), masks(two), strict=True))
     assert one.figures["expected_params"] == two.figures["expected_params"]
-    family.raise_prices(stepped=False)
+    family.stepped(False)
     assert family.router.multipliers.tolist() == [0.0, 0.0]
     family.draw("small", 0.0, 3)
-    family.raise_prices(stepped=True)
+    family.stepped(True)
     medium, small = family.router.multipliers.tolist()
     assert medium == 0.0 and small == pytest.approx(0.3 * 0.1), "far too large at the start"
-    family.raise_prices(stepped=True)
+    family.stepped(True)
     assert family.router.multipliers.tolist() == [medium, small], "nothing was drawn since"
 
 

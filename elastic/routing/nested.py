@@ -1,0 +1,190 @@
+"""A router over whole families: one distribution over all nested families that meet the budgets.
+
+Every draw is of members that meet their targets, so that nothing is paid for a size; there must be
+few enough of them to be listed (`router.kind=members`).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from elastic.config import ConfigError, RouterConfig
+from elastic.members.search import Choice, Search
+from elastic.routing.decide import Wish
+from elastic.routing.masks import soft_keep
+from elastic.routing.proposals import Proposals, Proposed, SoftDraw
+from elastic.routing.router import LEAK, Schedule, sample
+
+MOST = 4096
+"""Families that are listed at most."""
+
+Families = list[dict[str, Choice]]
+"""Budget -> member, largest first."""
+
+
+def nested_families(search: Search, targets: Mapping[str, int], nested: bool) -> Families:
+    """Every family that meets the targets, which are largest first.
+
+    Raises:
+        ConfigError: there is none, or there are more than `MOST`.
+        Unreachable: a target that no member meets.
+    """
+    search.family(targets, {name: {} for name in targets}, nested)  # names what cannot be reached
+    members = {name: search.members(target, {}, MOST + 1) for name, target in targets.items()}
+    count = _count(list(members.values()), nested)
+    if count > MOST:
+        many = any(len(each) > MOST for each in members.values())
+        shown = f"more than {MOST:,}" if many else f"{count:,}"
+        raise ConfigError(
+            f"router.kind=members: {shown} families meet the budgets, and at most {MOST:,} can be "
+            "listed; give the space fewer choices, lower space.tolerance, or take router.kind=axes"
+        )
+    families: Families = []
+
+    def extend(taken: list[Choice]) -> None:
+        if len(taken) == len(members):
+            families.append(dict(zip(members, taken, strict=True)))
+            return
+        for choice in list(members.values())[len(taken)]:
+            if not nested or not taken or choice.architecture.is_within(taken[-1].architecture):
+                extend([*taken, choice])
+
+    extend([])
+    return families
+
+
+def _count(members: Sequence[Sequence[Choice]], nested: bool) -> int:
+    """How many families there are, without listing them."""
+    ways = [1] * len(members[0])
+    for outer, inner in itertools.pairwise(members):
+        ways = [
+            sum(
+                n
+                for n, o in zip(ways, outer, strict=True)
+                if not nested or i.architecture.is_within(o.architecture)
+            )
+            for i in inner
+        ]
+    return sum(ways)
+
+
+class FamilyRouter(nn.Module):
+    """Two layers that say how probable each family is; their logits are scaled."""
+
+    def __init__(
+        self, families: Families, config: RouterConfig, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.families = families
+        first = nn.Linear(1, config.hidden_units)
+        second = nn.Linear(config.hidden_units, len(families))
+        with torch.no_grad():
+            for layer in (first, second):
+                noise = torch.randn(layer.weight.shape, generator=generator)
+                layer.weight.copy_(noise * 0.1)
+                layer.bias.zero_()
+        self.network = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+        self.register_buffer("multipliers", torch.zeros(0), persistent=False)
+
+    multipliers: Tensor
+    """None: no size has a price."""
+
+    def forward(self, scale: float) -> Tensor:
+        """Logits (1, 1, families), in float32 whatever the precision around it."""
+        with torch.autocast(self.multipliers.device.type, enabled=False):
+            return (scale * self.network(self.multipliers.new_ones(1, 1)))[:, None]
+
+    @torch.no_grad()
+    def probabilities(self, scale: float) -> list[float]:
+        """Of every family, without noise."""
+        found: list[float] = torch.softmax(self(scale)[0, 0].double(), -1).tolist()
+        return found
+
+
+class FamilyProposals(Proposals):
+    """Proposals of a `FamilyRouter`.
+
+    Args:
+        smaller: the budgets that have a choice.
+    """
+
+    def __init__(
+        self, router: FamilyRouter, search: Search, smaller: Sequence[str], config: RouterConfig
+    ) -> None:
+        self.router, self.search, self.config = router, search, config
+        self.smaller = list(smaller)
+        space = search.space
+        self._picks = {  # budget -> axis -> (families, decisions, choices), one-hot
+            name: {
+                axis: torch.stack(
+                    [
+                        nn.functional.one_hot(
+                            torch.tensor(family[name].selection[axis]), len(space.choices[axis])
+                        )
+                        for family in router.families
+                    ]
+                ).float()
+                for axis in space.elastic_axes
+            }
+            for name in self.smaller
+        }
+        self._params = {
+            name: torch.tensor([float(family[name].params) for family in router.families])
+            for name in self.smaller
+        }
+
+    def draw(self, budget: str, now: Schedule, generator: torch.Generator) -> SoftDraw:
+        space, order, logits = self.search.space, self.search.drop_order, self.router(now.scale)
+        with torch.autocast(logits.device.type, enabled=False):
+            hard = self.config.hard_probability
+            drawn = sample({"family": logits}, now.temperature, generator, hard)
+            weights = drawn["family"][:, 0]  # (1, families)
+            marginals = {
+                axis: torch.einsum("bf,fdc->bdc", weights, one_hot.to(weights.device))
+                for axis, one_hot in self._picks[budget].items()
+            }
+            keep = soft_keep(space, order, marginals)
+            even = torch.softmax(logits[0, 0].detach(), -1)
+            most = math.log(max(len(even), 2))
+            entropy = -(even * even.clamp_min(1e-12).log()).sum() / most
+            expected = (even * self._params[budget].to(even.device)).sum()
+        return SoftDraw(keep, {}, {"entropy": entropy, "expected_params": expected})
+
+    def stepped(self, taken: bool) -> None:
+        pass  # nothing has a price
+
+    def family(self, scale: float) -> dict[str, Choice]:
+        return self._ranked(scale)[0][1]
+
+    def candidates(self, scale: float, count: int) -> Proposed:
+        ranked = self._ranked(scale)
+        found: dict[str, list[Choice]] = {name: [] for name in ranked[0][1]}
+        shares: dict[str, dict] = {name: {} for name in found}
+        for probability, family in ranked:
+            for name, choice in family.items():
+                known = shares[name].get(choice.architecture)
+                shares[name][choice.architecture] = (known or 0.0) + probability
+                if known is None and len(found[name]) < count:
+                    found[name].append(choice)
+        wishes = {}
+        for name in self.smaller:
+            scores = {
+                choice.architecture: math.log(max(shares[name][choice.architecture], 1e-300))
+                for choice in found[name]
+            }
+            own = found[name][0]
+            wishes[name] = Wish(own.architecture, own.params, scores)
+        return found, wishes
+
+    def picks(self, scale: float, sure: float) -> tuple[list[tuple[str, int]], bool]:
+        probabilities = self.router.probabilities(scale)
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        return [("family", best)], probabilities[best] > sure
+
+    def _ranked(self, scale: float) -> list[tuple[float, dict[str, Choice]]]:
+        """Families, the most probable first; ties keep their order."""
+        pairs = zip(self.router.probabilities(scale), self.router.families, strict=True)
+        return sorted(pairs, key=lambda pair: -pair[0])
