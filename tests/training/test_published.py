@@ -80,7 +80,9 @@ def small(run_dir: Path, parent: Path, experiment: str, *overrides: str) -> RunC
         f"budgets={{{full}:{{params:1.0}},{middle}:{{params:0.75}},{least}:{{params:0.5}}}}",
         *CALIBRATION,
         *stage("short", 2),
+        "curriculum.stages.short.draws=1",
         *stage("long", 1, length=128),
+        "curriculum.stages.long.draws=1",
         *overrides,
         experiment=experiment,
     )
