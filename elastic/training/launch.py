@@ -81,12 +81,13 @@ def _others(config: RunConfig) -> Iterator[None]:
     settings = json.dumps(asdict(config))
     children = []
     for rank in range(1, world_size):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD],
-            env={**os.environ, **numbered(rank)},
-            stdin=subprocess.PIPE,
-            text=True,
-        )
+        with _interrupts_held():
+            child = subprocess.Popen(
+                [sys.executable, "-c", CHILD],
+                env={**os.environ, **numbered(rank)},
+                stdin=subprocess.PIPE,
+                text=True,
+            )
         assert child.stdin is not None
         child.stdin.write(settings)
         child.stdin.close()
@@ -120,9 +121,21 @@ def _others(config: RunConfig) -> Iterator[None]:
                 child.kill()
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """What is started here holds Ctrl-C back until it has imported: in the midst of its start an
+    interpreter dies of it with exit code 1, as of a fault."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 CHILD = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 from elastic.training.launch import main
 main()
 """

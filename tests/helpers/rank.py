@@ -27,8 +27,8 @@ def spy(family: type[Family]) -> list[list[Any]]:
     draws: list[list[Any]] = []
     original = family.draw
 
-    def draw(self: Family, budget: str, progress: float, seed: int) -> Draw:
-        drawn = original(self, budget, progress, seed)
+    def draw(self: Family, budget: str, progress: float, seed: int, tokens: int) -> Draw:
+        drawn = original(self, budget, progress, seed, tokens)
         hidden = getattr(drawn.member, "hidden", None)
         noise = None if hidden is None else hidden.detach().flatten().tolist()
         figures = {name: float(value) for name, value in drawn.figures.items()}
