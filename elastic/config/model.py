@@ -335,7 +335,7 @@ class RouterConfig:
     """Factor on what the networks say at the first elastic token."""
     scale_end: float = 10.0
     """Factor when the schedule ends; the growth is linear."""
-    freeze_at: float = 0.1
+    freeze_at: float = 0.05
     """Share of the elastic tokens after which the choices are final and steps run sliced; schedules
     end here."""
     candidates: int = 8
