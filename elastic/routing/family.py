@@ -157,7 +157,9 @@ class Family:
             self._begin(progress, compare)
             if self.trial is None:
                 return True
-        elif progress >= self._round_ends and compare is not None:
+        elif progress < self._round_ends or compare is None:
+            return False
+        else:
             self.trial.compared(compare(self.trial.alive))
             self._round_ends = progress + self.config.round_share
         if not self.trial.decided:
