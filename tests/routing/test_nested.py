@@ -110,7 +110,7 @@ def _of_masks(keep: Keep) -> list[float]:
     found = [float(keep.hidden.detach().sum())]
     for layer, full in zip(keep.layers, whole[1:], strict=True):
         width = full if layer.width is None else float(layer.width.detach().sum())
-        found.append(width * (1.0 if layer.gate is None else float(layer.gate)))
+        found.append(width * (1.0 if layer.gate is None else float(layer.gate.detach())))
     return [float(round(value)) for value in found]
 
 
