@@ -201,7 +201,7 @@ def _places(config: RunConfig) -> list[str]:
     checkpoints = run_dir / "checkpoints"
     begun = checkpoints.is_dir() and any(checkpoints.iterdir())
     if begun and config.resume:
-        how = "checkpoints are there: the run goes on from the newest, or is finished"
+        how = "checkpoints are there: it goes on from the newest, or is finished"
     else:
         every = config.trainer.checkpoint_every
         how = f"a checkpoint every {every} steps; the same command resumes"

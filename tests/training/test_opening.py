@@ -35,8 +35,16 @@ def text_of(*overrides: str) -> str:
         ["parent=pretrained", "parent.path=some/model"],
     ],
 )
-def test_it_is_a_screen_of_80_columns(overrides: list[str]) -> None:
-    lines = opening(config_of(*overrides))
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+def test_it_is_a_screen_of_80_columns(
+    overrides: list[str], begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies in runs/ of the checkout."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of(*overrides)
+    if begun:
+        (tmp_path / config.run_dir / "checkpoints" / "one").mkdir(parents=True)
+    lines = opening(config)
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
     assert not any(line.endswith(" ") for line in lines)
