@@ -43,7 +43,12 @@ from elastic.storage.seals import BLOCK_BYTES
 CHUNK = 8 << 20
 """Bytes per system call of a copy, as in `shutil.copyfile`."""
 
-GOALS = {"peak_rss_gib": 2.0, "bytes_read_over_touched": 1.1, "time_over_copy": 1.2}
+GOALS = {
+    "peak_rss_gib": 2.0,
+    "bytes_read_over_needed": 1.1,
+    "bytes_read_over_touched": 1.1,
+    "time_over_copy": 1.2,
+}
 
 
 def measure(config: ExtractBenchConfig, device: torch.device) -> Result:

@@ -92,7 +92,7 @@ class StudyConfig:
     results: str
     """Directory of one file per finished run, named by the content of its settings."""
     output: str
-    """Directory that gets the table, `<study's experiment>.md`, and the figures behind it."""
+    """Directory that gets the table, `<study.name>.md`, and the figures behind it."""
     jobs: int = 1
     """Runs at a time, each a process."""
     threads: int | None = None

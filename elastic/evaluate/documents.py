@@ -4,6 +4,7 @@ independent, so that standard errors are over documents."""
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,23 +91,30 @@ class Sums:
 
 
 @torch.no_grad()
-def sums_by_document(model: Logits, reference: Logits, text: ReportText) -> Sums:
-    """Cross-entropy of a model, and KL(reference || model), summed by document."""
-    totals = np.zeros((3, text.document_count))
+def sums_by_document(models: Sequence[Logits], reference: Logits, text: ReportText) -> list[Sums]:
+    """Cross-entropy of each model, and KL(reference || model), summed by document; the reference
+    runs once for all."""
+    totals = np.zeros((len(models), 3, text.document_count))
     for batch, documents in zip(text.batches, text.documents, strict=True):
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        log_q = torch.log_softmax(model(inputs).float(), -1)
         log_p = torch.log_softmax(reference(inputs).float(), -1)
-        values = (
-            -log_q.gather(-1, targets[..., None])[..., 0],
-            forward_kl(log_q, log_p),
-            torch.ones_like(log_q[..., 0]),
-        )
-        for total, value in zip(totals, values, strict=True):
-            total += np.bincount(
-                documents.flatten().numpy(), value.flatten().double().cpu().numpy(), len(total)
+        for model, found in zip(models, totals, strict=True):
+            log_q = torch.log_softmax(model(inputs).float(), -1)
+            values = (
+                -log_q.gather(-1, targets[..., None])[..., 0],
+                forward_kl(log_q, log_p),
+                torch.ones_like(log_q[..., 0]),
             )
-    return Sums(*totals)
+            for total, value in zip(found, values, strict=True):
+                total += np.bincount(
+                    documents.flatten().numpy(), value.flatten().double().cpu().numpy(), len(total)
+                )
+    return [Sums(*found) for found in totals]
+
+
+def stock_logits(model: Any) -> Logits:
+    """Those of a model of transformers."""
+    return lambda tokens: model(tokens, use_cache=False).logits
 
 
 def mean_and_error(sums: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:

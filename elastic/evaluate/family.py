@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import NemotronHForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +16,13 @@ from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
 from elastic.console import table as console_table
 from elastic.data import load_tokenizer, load_tokens
-from elastic.evaluate.documents import mean_and_error, report_text, sums_by_document
+from elastic.evaluate.documents import (
+    Logits,
+    mean_and_error,
+    report_text,
+    stock_logits,
+    sums_by_document,
+)
 from elastic.extract.exported import load_exported
 from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
@@ -79,10 +84,6 @@ def _parent(run_dir: Path) -> HybridParent:
     return load_parent(source, seals=parent_seals(source, run_dir))
 
 
-def _exported_logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits
-
-
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure every budget of a run, print the table, write the JSON."""
     transformers_logging.set_verbosity_error()
@@ -105,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config.batch_size,
         parent.shape.vocab_size,
     )
-    original = sums_by_document(parent.logits, parent.logits, report)
+    (original,) = sums_by_document([parent.logits], parent.logits, report)
     parent_loss, _ = mean_and_error(original.loss, original.tokens)
     parent_params = sum(weight.numel() for weight in parent.state_dict().values())
     smallest_head_dim = manifest.space["choices"]["mamba_head_dim"][-1]
@@ -115,9 +116,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     for budget, member in manifest.budgets.items():
         model = _model(config, elastic, budget)
         # The sorted parent is the parent.
-        found = sums_by_document(partial(_exported_logits, model), parent.logits, report)
         untrained = partial(parent.logits, member=member.architecture)
-        cut = sums_by_document(untrained, parent.logits, report)
+        models: list[Logits] = [stock_logits(model), untrained]
+        found, cut = sums_by_document(models, parent.logits, report)
         loss, _ = mean_and_error(found.loss, found.tokens)
         _, error = mean_and_error(found.loss - original.loss, found.tokens)
         kl, kl_error = mean_and_error(found.kl, found.tokens)

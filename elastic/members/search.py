@@ -7,14 +7,17 @@ all families that meet every budget (and are nested, when asked) the most probab
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from elastic.config import AXES, ConfigError
 from elastic.members.architecture import AXIS_KIND, WIDTH_AXIS, Architecture, Selection, Space
 from elastic.members.cost import LayerSize, parameters, parameters_per_width, total_parameters
+
+T = TypeVar("T")
 
 LogProbabilities = Mapping[str, np.ndarray]
 """axis -> (decisions, choices); an axis that is left alone may be absent."""
@@ -312,3 +315,19 @@ def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.nda
     if axis in log_probabilities:
         return log_probabilities[axis]
     return np.zeros((space.decisions(axis), len(space.choices[axis])))
+
+
+def chains(
+    members: Sequence[Sequence[T]], nested: bool, of: Callable[[T], Architecture]
+) -> Iterator[tuple[T, ...]]:
+    """Every family of one member per budget, largest budget first; nested ones alone if asked."""
+
+    def extend(taken: tuple[T, ...]) -> Iterator[tuple[T, ...]]:
+        if len(taken) == len(members):
+            yield taken
+            return
+        for member in members[len(taken)]:
+            if not nested or not taken or of(member).is_within(of(taken[-1])):
+                yield from extend((*taken, member))
+
+    yield from extend(())

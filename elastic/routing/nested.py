@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import ConfigError, RouterConfig
-from elastic.members.search import Choice, Search
+from elastic.members.search import Choice, Search, chains
 from elastic.routing.decide import Wish
 from elastic.routing.masks import soft_keep
 from elastic.routing.proposals import Proposals, Proposed, SoftDraw
-from elastic.routing.router import LEAK, Schedule, sample
+from elastic.routing.router import Schedule, entropy, sample, two_layers
 
 MOST = 4096
 """Families that are listed at most."""
@@ -42,18 +42,8 @@ def nested_families(search: Search, targets: Mapping[str, int], nested: bool) ->
             f"router.kind=members: {shown} families meet the budgets, and at most {MOST:,} can be "
             "listed; give the space fewer choices, lower space.tolerance, or take router.kind=axes"
         )
-    families: Families = []
-
-    def extend(taken: list[Choice]) -> None:
-        if len(taken) == len(members):
-            families.append(dict(zip(members, taken, strict=True)))
-            return
-        for choice in list(members.values())[len(taken)]:
-            if not nested or not taken or choice.architecture.is_within(taken[-1].architecture):
-                extend([*taken, choice])
-
-    extend([])
-    return families
+    found = chains(list(members.values()), nested, lambda choice: choice.architecture)
+    return [dict(zip(members, chain, strict=True)) for chain in found]
 
 
 def _count(members: Sequence[Sequence[Choice]], nested: bool) -> int:
@@ -79,14 +69,7 @@ class FamilyRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.families = families
-        first = nn.Linear(1, config.hidden_units)
-        second = nn.Linear(config.hidden_units, len(families))
-        with torch.no_grad():
-            for layer in (first, second):
-                noise = torch.randn(layer.weight.shape, generator=generator)
-                layer.weight.copy_(noise * 0.1)
-                layer.bias.zero_()
-        self.network = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+        self.network = two_layers(config.hidden_units, len(families), generator)
         self.register_buffer("multipliers", torch.zeros(0), persistent=False)
 
     multipliers: Tensor
@@ -116,7 +99,7 @@ class FamilyProposals(Proposals):
     ) -> None:
         self.router, self.search, self.config = router, search, config
         self.smaller = list(smaller)
-        space = search.space
+        space, device = search.space, router.multipliers.device  # copied once, not in every step
         self._picks = {  # budget -> axis -> (families, decisions, choices), one-hot
             name: {
                 axis: torch.stack(
@@ -126,13 +109,15 @@ class FamilyProposals(Proposals):
                         )
                         for family in router.families
                     ]
-                ).float()
+                ).to(device, torch.float32)
                 for axis in space.elastic_axes
             }
             for name in self.smaller
         }
         self._params = {
-            name: torch.tensor([float(family[name].params) for family in router.families])
+            name: torch.tensor(
+                [float(family[name].params) for family in router.families], device=device
+            )
             for name in self.smaller
         }
 
@@ -143,15 +128,14 @@ class FamilyProposals(Proposals):
             drawn = sample({"family": logits}, now.temperature, generator, hard)
             weights = drawn["family"][:, 0]  # (1, families)
             marginals = {
-                axis: torch.einsum("bf,fdc->bdc", weights, one_hot.to(weights.device))
+                axis: torch.einsum("bf,fdc->bdc", weights, one_hot)
                 for axis, one_hot in self._picks[budget].items()
             }
             keep = soft_keep(space, order, marginals)
-            even = torch.softmax(logits[0, 0].detach(), -1)
-            most = math.log(max(len(even), 2))
-            entropy = -(even * even.clamp_min(1e-12).log()).sum() / most
-            expected = (even * self._params[budget].to(even.device)).sum()
-        return SoftDraw(keep, {}, {"entropy": entropy, "expected_params": expected})
+            even = torch.softmax(logits.detach(), -1)
+            undecided = entropy({"family": even}) if even.shape[-1] > 1 else 0.0
+            expected = (even[0, 0] * self._params[budget]).sum()
+        return SoftDraw(keep, {}, {"entropy": undecided, "expected_params": expected})
 
     def stepped(self, taken: bool) -> None:
         pass  # nothing has a price

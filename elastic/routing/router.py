@@ -64,17 +64,7 @@ class Router(nn.Module):
             axes = nn.ModuleDict()
             for axis in space.elastic_axes:
                 outputs = space.decisions(axis) * len(space.choices[axis])
-                # What a layer makes of a one-hot budget is the column of that budget.
-                first, second = (
-                    nn.Linear(1, config.hidden_units),
-                    nn.Linear(config.hidden_units, outputs),
-                )
-                with torch.no_grad():
-                    for layer in (first, second):
-                        noise = torch.randn(layer.weight.shape, generator=generator)
-                        layer.weight.copy_(noise * 0.1)
-                        layer.bias.zero_()
-                axes[axis] = nn.Sequential(first, nn.LeakyReLU(LEAK), second)
+                axes[axis] = two_layers(config.hidden_units, outputs, generator)
             self.budgets.append(axes)
 
     def forward(self, budget: int, scale: float) -> dict[str, Tensor]:
@@ -96,6 +86,18 @@ class Router(nn.Module):
             axis: torch.log_softmax(values[0].double(), dim=-1).cpu().numpy()
             for axis, values in self(budget, scale).items()
         }
+
+
+def two_layers(hidden_units: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
+    """A network of the paper's form (arXiv 2511.16664, section 3.3) for one budget: what a layer
+    makes of a one-hot budget is the column of that budget."""
+    first, second = nn.Linear(1, hidden_units), nn.Linear(hidden_units, outputs)
+    with torch.no_grad():
+        for layer in (first, second):
+            noise = torch.randn(layer.weight.shape, generator=generator)
+            layer.weight.copy_(noise * 0.1)
+            layer.bias.zero_()
+    return nn.Sequential(first, nn.LeakyReLU(LEAK), second)
 
 
 class RouterOptimizer:

@@ -43,7 +43,7 @@ def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[st
     rows = []
     for name, choice in choices.items():
         kept = choice.architecture
-        channels = _range(kept, "mamba_head_dim")
+        channels = span(kept, "mamba_head_dim")
         rows.append(
             [
                 name,
@@ -51,9 +51,9 @@ def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[st
                 f"{choice.params:,}",
                 f"{choice.params / targets[name] - 1:+.2%}",
                 str(kept.hidden_size),
-                _range(kept, "ffn"),
-                _range(kept, "mamba_heads") + ("" if channels == "-" else f" x {channels}"),
-                _range(kept, "attention_heads"),
+                span(kept, "ffn"),
+                span(kept, "mamba_heads") + ("" if channels == "-" else f" x {channels}"),
+                span(kept, "attention_heads"),
                 f"{len(kept.layers)} of {len(shape.kinds)}",
             ]
         )
@@ -85,11 +85,11 @@ def account(budget: str, target: int, decision: Decision, chosen: Choice) -> str
 def _brief(architecture: Architecture) -> str:
     """Sizes on one line."""
     named = (("ffn", "ffn"), ("heads", "mamba_heads"), ("query heads", "attention_heads"))
-    sizes = ", ".join(f"{name} {_range(architecture, axis)}" for name, axis in named)
+    sizes = ", ".join(f"{name} {span(architecture, axis)}" for name, axis in named)
     return f"hidden {architecture.hidden_size}, {sizes}, {len(architecture.layers)} layers"
 
 
-def _range(architecture: Architecture, axis: str) -> str:
+def span(architecture: Architecture, axis: str) -> str:
     """The size on an axis, or its smallest and largest; - where no layer of its kind is kept."""
     values = _values(architecture, axis)
     if not values:

@@ -16,6 +16,14 @@ MOST = 6
 """Rooms that are kept: one block is made, some wait, one is written."""
 
 
+def _references(rooms: list[np.ndarray], number: int) -> int:
+    return sys.getrefcount(rooms[number])
+
+
+_ALONE = _references([np.empty(0, np.uint8)], 0)
+"""References to a room that only its list has, as this interpreter counts them."""
+
+
 class Rooms:
     """Hands out memory of up to `size` bytes each; several threads may ask.
 
@@ -33,7 +41,7 @@ class Rooms:
             return np.empty(size, np.uint8)
         with self._lock:
             for number in range(len(self._rooms)):
-                if sys.getrefcount(self._rooms[number]) <= 2:  # the list's, and that of this call
+                if _references(self._rooms, number) == _ALONE:
                     return self._rooms[number][:size]
             room = np.empty(self.size, np.uint8)
             if len(self._rooms) < MOST:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.config import CONF, RunConfig, StudySettings, parse
+from elastic.config import CONF, ConfigError, RunConfig, StudySettings, parse
 from elastic.storage.files import digest
 
 NO_RATE = 1e-12
@@ -35,11 +35,10 @@ class Job:
 
     def key(self, parent: str, study: StudySettings) -> str:
         """Hash of all that its figures depend on: settings, the parent's weights (`parent`, a
-        checksum), and the text that is measured. Where things lie, and who watches, is none of
-        it."""
+        checksum), and what is measured. Where things lie, and who watches, is none of it."""
         settings = {n: v for n, v in self.raw.items() if n not in ("run_dir", "logger", "trainer")}
         settings["parent"] = parent
-        measured = [study.sequences, study.sequence_length]
+        measured = [study.sequences, study.sequence_length, study.families > 0]
         return digest([settings, self.raw["trainer"]["precision"], measured])
 
 
@@ -58,8 +57,18 @@ def composed(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
-    """The run that trains the parent: its elastic stages are a step each."""
+    """The run that trains the parent: its elastic stages are a step each.
+
+    Raises:
+        ConfigError: the experiment trains none.
+    """
     raw = composed([f"experiment={study.experiment}", *study.settings, f"run_dir='{run_dir}'"])
+    pretrains = len(_elastic(raw)) < len(raw["curriculum"]["stages"])
+    if raw["parent"].get("path") is not None or not pretrains:
+        raise ConfigError(
+            f"study.experiment={study.experiment}: must train its own parent, in a stage of mode "
+            "pretrain"
+        )
     for stage in _elastic(raw).values():
         stage |= {"tokens": stage["batch_tokens"], "warmup_steps": 0}
     return parse(raw, RunConfig)
@@ -159,11 +168,3 @@ def _leave_untrained(raw: dict[str, Any]) -> None:
     name, stage = next(iter(raw["curriculum"]["stages"].items()))
     stage |= {"tokens": stage["batch_tokens"], "model_lr": NO_RATE, "warmup_steps": 0}
     raw["curriculum"]["stages"] = {name: stage}
-
-
-def trained_tokens(config: RunConfig) -> int:
-    """Tokens of text of a run's elastic stages, however many budgets share them."""
-    total = 0
-    for stage in config.curriculum.stages.values():
-        total += -(-stage.tokens // stage.batch_tokens) * stage.batch_tokens
-    return total

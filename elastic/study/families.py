@@ -1,7 +1,6 @@
 """Brute force: every nested family of a space, or the best ones without training, distilled alike,
 beside the family that a run has frozen."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +15,10 @@ from elastic.console import table
 from elastic.data import load_tokenizer, load_tokens
 from elastic.evaluate.documents import mean_and_error, report_text, sums_by_document
 from elastic.members.architecture import Architecture, Space
-from elastic.members.search import Search
+from elastic.members.search import Search, chains
 from elastic.members.targets import smaller_budgets, targets_of
 from elastic.parent.weights import load_parent
+from elastic.routing.table import span
 from elastic.storage.manifest import ENERGIES, Manifest
 from elastic.study.compare import Record
 
@@ -29,7 +29,7 @@ GOOD, ERRORS = 1.02, 2.0
 """A decision is good if its loss is at most so many times the best one's, or within so many
 paired standard errors of it."""
 
-Family = dict[str, dict[str, Any]]
+Entries = dict[str, dict[str, Any]]
 """Budget -> entry of elastic.json, largest first."""
 
 
@@ -51,28 +51,31 @@ def untrained_members(config: RunConfig, parent: Path) -> dict[str, list[dict[st
     found: dict[str, list[dict[str, Any]]] = {}
     for position, budget in enumerate(smaller):
         own = position if config.norms.own else None
-        entries = []
-        for choice in search.members(targets[budget], {}, MOST):
-            logits = partial(cut.logits, member=choice.architecture, own=own)
-            sums = sums_by_document(logits, original.logits, text)
-            kl, _ = mean_and_error(sums.kl, sums.tokens)
-            entries.append({"architecture": choice.architecture.to_json(), "kl": kl})
+        members = [c.architecture for c in search.members(targets[budget], {}, MOST)]
+        models = [partial(cut.logits, member=member, own=own) for member in members]
+        entries = [
+            {"architecture": member.to_json(), "kl": mean_and_error(sums.kl, sums.tokens)[0]}
+            for member, sums in zip(
+                members, sums_by_document(models, original.logits, text), strict=True
+            )
+        ]
         found[budget] = sorted(entries, key=lambda entry: entry["kl"])
     return found
 
 
-def best_families(record: Record, count: int, nested: bool) -> list[Family]:
+def best_families(record: Record, count: int, nested: bool) -> list[Entries]:
     """The `count` families with the least sum of KL without training, and the frozen one."""
-    untrained = record.value["untrained"]
-    frozen = record.family
+    untrained, frozen = record.value["untrained"], record.family
     whole = {name: entry for name, entry in frozen.items() if name not in untrained}
-    families: list[tuple[float, Family]] = []
-    for entries in itertools.product(*untrained.values()):
-        members = [Architecture.from_json(entry["architecture"]) for entry in entries]
-        legal = all(inner.is_within(outer) for outer, inner in itertools.pairwise(members))
-        if legal or not nested:
-            chosen = {n: e["architecture"] for n, e in zip(untrained, entries, strict=True)}
-            families.append((sum(entry["kl"] for entry in entries), whole | chosen))
+    members = [
+        [(Architecture.from_json(entry["architecture"]), entry) for entry in entries]
+        for entries in untrained.values()
+    ]
+    families: list[tuple[float, Entries]] = []
+    for chain in chains(members, nested, lambda pair: pair[0]):
+        named = zip(untrained, chain, strict=True)
+        chosen = {name: entry["architecture"] for name, (_, entry) in named}
+        families.append((sum(entry["kl"] for _, entry in chain), whole | chosen))
     families.sort(key=lambda pair: pair[0])
     best = [family for _, family in families[:count]]
     return best if frozen in best else [*best, frozen]
@@ -82,7 +85,7 @@ def best_families(record: Record, count: int, nested: bool) -> list[Family]:
 class Standing:
     """A family in the table of brute force."""
 
-    family: Family
+    family: Entries
     kl: float
     """Sum over the smaller budgets, mean over seeds."""
     over_best: tuple[float, float]
@@ -91,81 +94,77 @@ class Standing:
     """Seeds whose run has frozen it."""
 
 
-def standings(
-    families: Sequence[Family],
-    figures: Mapping[int, Sequence[Record]],
-    frozen: Mapping[int, Family],
-) -> list[Standing]:
-    """The table, best first.
-
-    Args:
-        figures: seed -> a record per family, in their order.
-        frozen: seed -> what the run has frozen.
-    """
-    smaller = list(families[0])[1:]
-    tokens = next(iter(figures.values()))[0].documents
-    sums = []
-    for i in range(len(families)):
-        parts = [
-            records[i].sums(budget, "kl") for records in figures.values() for budget in smaller
-        ]
-        sums.append(np.sum(parts, axis=0) / len(figures))
-    best = min(sums, key=lambda each: float(each.sum()))
-    found = [
-        Standing(
-            family,
-            mean_and_error(each, tokens)[0],
-            mean_and_error(each - best, tokens),
-            sum(choice == family for choice in frozen.values()),
-        )
-        for family, each in zip(families, sums, strict=True)
-    ]
-    return sorted(found, key=lambda standing: standing.kl)
-
-
 @dataclass(frozen=True)
-class Verdict:
-    """Whether the decisions of all seeds are good, by the mean over seeds (law 10)."""
+class Judgement:
+    """The table of brute force, and whether the run's decisions are good (law 10)."""
 
+    standings: list[Standing]
+    """Best first."""
     ratio: float
-    """KL of the frozen families over the best one's."""
+    """KL of what each seed has frozen, as that seed's own brute force has it, over the best
+    family's; means over seeds."""
     errors: float
-    """Their distance in paired standard errors; of the mean over seeds."""
+    """Their distance in paired standard errors over documents; 0 where they are the same."""
 
     @property
     def good(self) -> bool:
         return self.ratio <= GOOD or self.errors <= ERRORS
 
 
-def verdict(found: Sequence[Standing]) -> Verdict:
-    """Each seed's frozen family counts once."""
-    seeds = sum(standing.frozen for standing in found)
-    best = found[0].kl
-    mean = sum(standing.kl * standing.frozen for standing in found) / seeds
-    errors = [
-        standing.over_best[0] / standing.over_best[1] if standing.over_best[1] else 0.0
-        for standing in found
-        for _ in range(standing.frozen)
+def judgement(
+    families: Sequence[Entries],
+    figures: Mapping[int, Sequence[Record]],
+    frozen: Mapping[int, Entries],
+) -> Judgement:
+    """Compare what was frozen with the best family, whose mean over seeds is the least.
+
+    Args:
+        figures: seed -> a record per family, in their order.
+        frozen: seed -> what the run has frozen, one of the families.
+    """
+    smaller = list(families[0])[1:]
+    tokens = next(iter(figures.values()))[0].documents
+    sums = np.array(  # (seeds, families, documents)
+        [
+            [np.sum([record.sums(budget, "kl") for budget in smaller], 0) for record in each]
+            for each in figures.values()
+        ]
+    )
+    means = sums.mean(0)
+    best = int(means.sum(-1).argmin())
+    taken = np.array([sums[i, families.index(frozen[seed])] for i, seed in enumerate(figures)])
+    mean, error = mean_and_error((taken - sums[:, best]).mean(0), tokens)
+    found = [
+        Standing(
+            family,
+            mean_and_error(each, tokens)[0],
+            mean_and_error(each - means[best], tokens),
+            sum(choice == family for choice in frozen.values()),
+        )
+        for family, each in zip(families, means, strict=True)
     ]
-    return Verdict(mean / best, float(np.mean(errors)))
+    return Judgement(
+        sorted(found, key=lambda standing: standing.kl),
+        float(taken.mean(0).sum() / means[best].sum()),
+        mean / error if error else 0.0,
+    )
 
 
-def lines(found: Sequence[Standing]) -> list[str]:
+def lines(told: Judgement) -> list[str]:
     """The table as text, with the verdict below."""
-    rows = []
-    for standing in found:
+    rows, least = [], told.standings[0].kl
+    for standing in told.standings:
         mean, error = standing.over_best
         sizes = [_brief(entry) for entry in list(standing.family.values())[1:]]
         rows.append(
             [
                 " | ".join(sizes),
                 f"{standing.kl:.4f}",
-                f"{standing.kl / found[0].kl:.3f}",
+                f"{standing.kl / least:.3f}",
                 f"{mean / error:.1f}" if error else "-",
                 str(standing.frozen) if standing.frozen else "",
             ]
         )
-    told = verdict(found)
     said = "good" if told.good else "not good"
     header = ("family: hidden/ffn/heads/layers", "KL", "over best", "errors", "frozen by")
     return [
@@ -179,15 +178,7 @@ def lines(found: Sequence[Standing]) -> list[str]:
 
 def _brief(entry: Mapping[str, Any]) -> str:
     """Sizes of a member in a few characters; ranges where layers differ."""
-
-    def span(field: str, kind: str) -> str:
-        values = [layer[field] for layer in entry["layers"] if layer["kind"] == kind]
-        if not values:
-            return "-"
-        low, high = min(values), max(values)
-        return str(low) if low == high else f"{low}-{high}"
-
-    heads = f"{span('num_heads', 'mamba')}x{span('head_dim', 'mamba')}"
-    query = span("num_heads", "attention")
-    ffn = span("intermediate_size", "mlp")
-    return f"{entry['hidden_size']}/{ffn}/{heads}+{query}/{len(entry['layers'])}"
+    member = Architecture.from_json(dict(entry))
+    heads = f"{span(member, 'mamba_heads')}x{span(member, 'mamba_head_dim')}"
+    query, layers = span(member, "attention_heads"), len(member.layers)
+    return f"{member.hidden_size}/{span(member, 'ffn')}/{heads}+{query}/{layers}"

@@ -4,25 +4,22 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from elastic import load
 from elastic.config import RunConfig, StudySettings
 from elastic.data import load_tokenizer, load_tokens
-from elastic.evaluate.documents import ReportText, Sums, report_text, sums_by_document
+from elastic.evaluate.documents import report_text, stock_logits, sums_by_document
 from elastic.parent.weights import load_parent
 from elastic.plan.training import stage_work
 from elastic.routing.curriculum import plan
 from elastic.storage.manifest import Manifest
-from elastic.study.arms import trained_tokens
 from elastic.study.families import untrained_members
 
 BATCH_TOKENS = 4096
@@ -73,60 +70,46 @@ def carry_out(task: Task) -> dict[str, Any]:
     return record
 
 
-def report_of(task: Task, run_dir: Path) -> ReportText:
-    """The text that all runs of a study are measured on: that of any of them."""
-    study = task.study
-    return report_text(
+def measure(task: Task, directory: Path) -> dict[str, Any]:
+    """Figures of a finished run: of the parent, and of every member, by document."""
+    run_dir, study = Path(task.config.run_dir), task.study
+    text = report_text(
         load_tokens(run_dir / "data" / "report.npy"),
         load_tokenizer(run_dir / "data" / "tokenizer").eos_token_id,
         study.sequences,
         study.sequence_length,
         max(1, BATCH_TOKENS // study.sequence_length),
     )
-
-
-def measure(task: Task, directory: Path) -> dict[str, Any]:
-    """Figures of a finished run: of the parent, and of every member, by document."""
-    text = report_of(task, Path(task.config.run_dir))
-    parent = load_parent(task.parent)
-    shape = parent.shape
-    original = sums_by_document(parent.logits, parent.logits, text)
-    manifest = Manifest.read(directory)
-    members: dict[str, Any] = {}
-    for budget, member in manifest.budgets.items():
-        model = load(directory, budget, dtype=torch.float32)
-        sums = sums_by_document(partial(_logits, model), parent.logits, text)
-        members[budget] = {
+    parent, manifest = load_parent(task.parent), Manifest.read(directory)
+    models = [stock_logits(load(directory, name, torch.float32)) for name in manifest.budgets]
+    original, *found = sums_by_document([parent.logits, *models], parent.logits, text)
+    members = {
+        budget: {
             "params": member.params,
             "architecture": member.architecture.to_json(),
             "decision": member.decision,
-            **by_document(sums),
+            "loss": _digits(sums.loss),
+            "kl": _digits(sums.kl),
         }
+        for (budget, member), sums in zip(manifest.budgets.items(), found, strict=True)
+    }
     architectures = {name: each.architecture for name, each in manifest.budgets.items()}
     stages = plan(task.config.curriculum.stages, task.config.trainer, list(architectures))
     more = {}
     if task.study.families and not task.config.members_given:
         more["untrained"] = untrained_members(task.config, task.parent)
-    work = [stage_work(task.config, shape, stage, architectures) for stage in stages]
+    work = [stage_work(task.config, parent.shape, stage, architectures) for stage in stages]
     return {
-        "tokens": trained_tokens(task.config),
+        "tokens": sum(stage.tokens for stage in stages),
         "student_flops": sum(each.forward + each.backward for each in work),
         "teacher_flops": sum(each.teacher for each in work),
         "documents": original.tokens.astype(int).tolist(),
-        "parent": by_document(original),
+        "parent": {"loss": _digits(original.loss)},
         "members": members,
         **more,
     }
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits
-
-
-def by_document(sums: Sums) -> dict[str, list[float]]:
-    """Sums of loss and KL, in nats, with the digits that float32 has."""
-    return {
-        name: [float(f"{value:.7g}") for value in values]
-        for name, values in asdict(sums).items()
-        if name != "tokens" and isinstance(values, np.ndarray)
-    }
+def _digits(values: np.ndarray) -> list[float]:
+    """With the digits that float32 has."""
+    return [float(f"{value:.7g}") for value in values]

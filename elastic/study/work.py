@@ -17,7 +17,7 @@ from elastic.storage.foreign import read_object
 from elastic.storage.seals import Seals
 from elastic.study.arms import Job, family_job, jobs_of, parent_settings
 from elastic.study.compare import Record, tables, write_figures, write_tables
-from elastic.study.families import Family, Standing, best_families, lines, standings
+from elastic.study.families import MOST, Entries, Judgement, best_families, judgement, lines
 from elastic.study.run import Task, answer
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,10 @@ class Study:
         """Of its figures."""
         return Path(self.config.results) / f"{job.key(self.checksum, self.config.study)}.json"
 
-    def found(self, job: Job) -> Record | None:
-        """Its figures, if they are there."""
-        path = self.path(job)
-        return Record(read_object(path)) if path.is_file() else None
+    def record(self, job: Job) -> Record:
+        """Its figures, which are there. Arms that come to the same run share them, each under its
+        own name."""
+        return Record(read_object(self.path(job)) | _whose(job))
 
     def jobs(self, name: str, seed: int, family: dict[str, Any] | None) -> list[Job]:
         return jobs_of(self.config.study, name, seed, self.parent, family)
@@ -100,13 +100,20 @@ class Study:
         ]
         return [*figures, *self._run(rest, 0)]
 
-    def judge(self) -> list[Standing]:
-        """Brute force: the standings of families, the first arm's own decisions among them."""
+    def judge(self) -> Judgement:
+        """Brute force: families after the same distillation, the first arm's own decisions among
+        them."""
         study = self.config.study
         runs = [self.jobs(study.run[0], seed, None)[0] for seed in study.seeds]
         deciding = self._run(runs, len(study.seeds) * study.families)
+        for budget, entries in deciding[0].value["untrained"].items():
+            if len(entries) == MOST:
+                log.warning(
+                    "%s: %d members or more meet the budget, and only so many were compared "
+                    "without training", budget, MOST,
+                )  # fmt: skip
         nested = runs[0].config(Path("run")).space.nested
-        families: list[Family] = []
+        families: list[Entries] = []
         for record in deciding:
             wanted = best_families(record, study.families, nested)
             families += [family for family in wanted if family not in families]
@@ -119,17 +126,18 @@ class Study:
         each = len(families)
         figures = {seed: records[i * each : (i + 1) * each] for i, seed in enumerate(study.seeds)}
         frozen = {record.seed: record.family for record in deciding}
-        return standings(families, figures, frozen)
+        return judgement(families, figures, frozen)
 
     def _run(self, jobs: list[Job], to_come: int) -> list[Record]:
         """Figures of some jobs, which do not wait for each other."""
-        open_jobs = [job for job in jobs if self.found(job) is None]
-        if len(open_jobs) < len(jobs):
-            log.info("%d of %d runs have figures already", len(jobs) - len(open_jobs), len(jobs))
+        by_path = {self.path(job): job for job in jobs}
+        open_jobs = [job for path, job in by_path.items() if not path.is_file()]
+        if len(open_jobs) < len(by_path):
+            done, runs = len(by_path) - len(open_jobs), len(by_path)
+            log.info("%d of %d runs have figures already", done, runs)
         start = time.monotonic()
         for count, (job, record) in enumerate(self._parallel(open_jobs), start=1):
-            record |= {
-                "arm": job.arm, "seed": job.seed, "alone": job.alone,
+            record |= _whose(job) | {
                 "experiment": self.config.study.experiment, "parent_checksum": self.checksum,
                 "versions": {n: version(n) for n in PACKAGES},
             }  # fmt: skip
@@ -138,9 +146,7 @@ class Study:
             each = (time.monotonic() - start) / count
             left = each * (len(open_jobs) - count + to_come) / 60
             log.info("%s: %s; about %.0f min left", job.name, _brief(record), left)
-        found = [self.found(job) for job in jobs]
-        assert all(record is not None for record in found)
-        return [record for record in found if record is not None]
+        return [self.record(job) for job in jobs]
 
     def _parallel(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Jobs as they finish, `config.jobs` at a time, each in a process of its own.
@@ -179,10 +185,9 @@ class Study:
             answered = end.recv()
         except EOFError:
             process.join()
-            log_file = Path(self._task(job).config.run_dir).with_suffix(".log")
             raise OSError(
                 f"{job.name}: its process ended with exit code {process.exitcode}; its log is "
-                f"{log_file}"
+                f"{self._run_dir(job).with_suffix('.log')}"
             ) from None
         process.join()
         if isinstance(answered, BaseException):
@@ -191,9 +196,15 @@ class Study:
         return record
 
     def _task(self, job: Job) -> Task:
-        run_dir = Path(self.config.dir) / self.config.study.experiment / job.name
         threads = self.config.threads
-        return Task(job.config(run_dir), self.parent, self.config.study, threads)
+        return Task(job.config(self._run_dir(job)), self.parent, self.config.study, threads)
+
+    def _run_dir(self, job: Job) -> Path:
+        return Path(self.config.dir) / self.config.study.experiment / job.name
+
+
+def _whose(job: Job) -> dict[str, Any]:
+    return {"arm": job.arm, "seed": job.seed, "alone": job.alone}
 
 
 def _brief(record: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ PROMISED = {
     "loss": ["peak_memory_ratio", "time_ratio"],
     "profile": ["share.matmul", "share.elementwise", "achieved_gflops", "machine_gflops"],
     "extract": [
-        *("peak_rss_gib", "bytes_read_over_touched", "time_over_copy"),
+        *("peak_rss_gib", "bytes_read_over_needed", "bytes_read_over_touched", "time_over_copy"),
         *(f"{name}.{f}" for name in ("9b", "6b") for f in ("parameters", "verify_seconds")),
         *(f"{name}.{f}" for name in ("9b", "6b") for f in ("seconds", "gb_per_second")),
     ],

@@ -55,7 +55,7 @@ def test_every_target_counts_for_its_own_document() -> None:
             row = expected.setdefault(owner[place], [0.0, 0.0, 0.0])
             for position, value in enumerate((-float(log_q[token]), kl, 1.0)):
                 row[position] += value
-    found = sums_by_document(student, teacher, text)
+    (found,) = sums_by_document([student], teacher, text)
     assert text.document_count == len(expected) and text.tokens == 144
     wanted = np.array(list(expected.values())).T
     for values, right in zip((found.loss, found.kl, found.tokens), wanted, strict=True):
@@ -64,12 +64,14 @@ def test_every_target_counts_for_its_own_document() -> None:
 
 def test_the_mean_is_that_of_all_tokens() -> None:
     text = report_text(documents(40), END, 100, 16, 8)
-    found = sums_by_document(model(1), model(1), text)
+    found, other = sums_by_document([model(1), model(3)], model(1), text)
     batch = torch.cat(text.batches)
     loss = F.cross_entropy(model(1)(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     mean, _ = mean_and_error(found.loss, found.tokens)
     assert mean == pytest.approx(float(loss), rel=1e-6)
     assert mean_and_error(found.kl, found.tokens) == pytest.approx((0.0, 0.0), abs=1e-7)
+    (alone,) = sums_by_document([model(3)], model(1), text)
+    assert (alone.kl == other.kl).all() and other.kl.min() > 0, "each model by itself"
 
 
 def test_the_error_is_the_spread_of_the_mean_over_documents() -> None:

@@ -102,10 +102,16 @@ def weights_apart(run_dir: Path, whole: Path) -> float:
 
 
 def losses_apart(run_dir: Path, whole: Path) -> tuple[float, str]:
-    """Largest difference between figures of metrics.csv, relative where they are above one (an
-    expected number of parameters), and where it is."""
+    """Largest difference between figures of metrics.csv, and where it is.
+
+    Tokens and parameters are counted, and differ by nothing or by more than one; an expected number
+    of parameters has the digits of float32, and is compared as a share.
+    """
     return max(
-        (abs(value - expected[key]) / max(1.0, abs(expected[key])), f"step {row['step']:g}, {key}")
+        (
+            abs(value - expected[key]) / (expected[key] if key.endswith("_params") else 1.0),
+            f"step {row['step']:g}, {key}",
+        )
         for row, expected in zip(losses_of(run_dir), losses_of(whole), strict=True)
         for key, value in row.items()
     )

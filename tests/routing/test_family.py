@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -395,41 +394,3 @@ def assert_legal(choices: dict) -> None:
         assert inner.architecture.is_within(outer.architecture)
     for name, choice in choices.items():
         assert abs(choice.params / TARGETS[name] - 1) <= 0.02
-
-
-# Given members
-
-
-def given_family(small: int = 10) -> Family:
-    """A family that settings give: 16, 14 and `small` channels."""
-    space_config = SpaceConfig(**CHOICES)
-    space = Space.build(space_config, SHAPE)
-    config = RouterConfig()
-    router = Router(space, 0, config, torch.Generator().manual_seed(0))
-    given = {
-        name: replace(WHOLE, hidden_size=width)
-        for name, width in zip(TARGETS, (16, 14, small), strict=True)
-    }
-    objective = ObjectiveConfig()
-    return Family(space, (1,), TARGETS, router, config, space_config, objective, given)
-
-
-def test_given_members_are_trained_as_themselves_from_the_first_step() -> None:
-    """No router, no masks, nothing to pay; the cosine starts after the warmup."""
-    family = given_family()
-    assert not list(family.router.parameters()) and family.held_until == 0.0
-    assert not family.freeze_if_due(1.0)
-    for name, member in members(family).items():
-        draw = family.draw(name, 0.0, 0)
-        assert draw.terms == {} and draw.member == (None if name == "full" else member)
-    assert family.smaller == {"medium": 0, "small": 1}, "for norms of their own"
-
-
-def test_a_run_goes_on_with_the_member_that_was_given_alone() -> None:
-    family = given_family()
-    other = given_family()
-    other.load_state(stored(family.state()))
-    assert members(other) == members(family)
-    line = "^budgets.small.architecture: is not the member that this run trains; restore it, or"
-    with pytest.raises(ConfigError, match=line):
-        given_family(small=9).load_state(stored(family.state()))

@@ -93,9 +93,10 @@ def learn(
 def test_expected_sizes_are_held_at_their_targets(
     heterogeneous: tuple[str, ...], slope: float
 ) -> None:
-    """Where every member would rather be larger, too; a tenth is what roundings of 300 steps move
-    it by."""
-    assert max(map(abs, learn(heterogeneous, slope, 300))) < 0.1
+    """Where every member would rather be larger, too. Over three seeds: roundings of 300 steps move
+    one of them by as much, from processor to processor."""
+    off = [max(map(abs, learn(heterogeneous, slope, 300, seed))) for seed in range(3)]
+    assert sum(off) / len(off) < 0.06
 
 
 def test_a_fixed_price_is_outbid_by_distillation() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from elastic.config import ConfigError, RunConfig, StudyConfig, StudySettings, parse
-from elastic.study.arms import CONF, Job, composed, jobs_of, parent_settings, trained_tokens
+from elastic.config import CONF, ConfigError, RunConfig, StudyConfig, StudySettings, parse
+from elastic.routing.curriculum import plan
+from elastic.study.arms import Job, composed, jobs_of, parent_settings
 
-STUDIES = ("main", "quick", "ablations")
+STUDIES = ("main", "quick", "ablations", "brute")
 
 
 def study_of(name: str = "main", *overrides: str) -> StudySettings:
@@ -25,6 +26,11 @@ FAMILY = {
     for name, width in (("full", 128), ("medium", 112), ("small", 88))
 }
 PARENT = Path("somewhere/parent")
+
+
+def trained_tokens(config: RunConfig) -> int:
+    """Tokens of all stages, in whole steps."""
+    return sum(s.tokens for s in plan(config.curriculum.stages, config.trainer, ["any"]))
 
 
 def configs(name: str, seed: int = 3, study: StudySettings = TINY) -> list[RunConfig]:
@@ -90,6 +96,13 @@ def test_the_parent_is_trained_by_the_experiments_own_pretraining() -> None:
         assert stage.tokens == stage.batch_tokens
 
 
+def test_an_experiment_that_trains_no_parent_is_refused() -> None:
+    study = study_of("quick", "study.experiment=nano_v2_12b")
+    line = "^study.experiment=nano_v2_12b: must train its own parent"
+    with pytest.raises(ConfigError, match=line):
+        parent_settings(study, Path("p"))
+
+
 def key(job: Job, study: StudySettings = TINY, parent: str = "x") -> str:
     return job.key(parent, study)
 
@@ -105,7 +118,8 @@ def test_figures_are_found_again_by_what_they_depend_on_alone(tmp_path: Path) ->
         *jobs_of(TINY, "all_budgets", 0, PARENT, FAMILY),
     ]
     longer = study_of("quick", "study.sequences=9")
-    keys = [key(job), key(job, parent="y"), key(job, longer), *map(key, others)]
+    judged = study_of("quick", "study.run=[elastic]", "study.families=4")
+    keys = [key(job), key(job, parent="y"), key(job, longer), key(job, judged), *map(key, others)]
     assert len(set(keys)) == len(keys)
     assert json.dumps(job.raw)  # plain values
 
