@@ -28,6 +28,7 @@ from elastic.bench.subjects import (
 from elastic.config import OptimConfig, RunBenchConfig, StageConfig, TrainerConfig
 from elastic.data import TextDataModule
 from elastic.members.architecture import Space
+from elastic.members.goals import Target
 from elastic.members.search import Choice
 from elastic.members.targets import smaller_budgets
 from elastic.parent import HybridParent
@@ -138,7 +139,9 @@ class _Bench:
         self.config, self.device = config, device
         self.shape = shape_of(config.parent)
         self.space = Space.build(config.space, self.shape)
-        self.targets = {name: choice.params for name, choice in choices.items()}
+        self.targets = {
+            name: Target.params(self.shape, choice.params) for name, choice in choices.items()
+        }
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
         self.teacher = OnlineTeacher(self.parent, config.precision, None)
         self.families = {frozen: self._family() for frozen in (False, True)}
@@ -151,7 +154,7 @@ class _Bench:
         config = self.config
         router_config = dataclasses.replace(config.router, freeze_at=1.0, settled_steps=0)
         generator = torch.Generator().manual_seed(config.seed)
-        smaller = smaller_budgets(self.shape, self.targets)
+        smaller = smaller_budgets(self.targets)
         router = Router(self.space, len(smaller), router_config, generator)
         return Family(
             self.space,

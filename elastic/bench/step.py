@@ -21,7 +21,7 @@ from elastic.config import BudgetConfig, StepBenchConfig
 from elastic.extract.compare import plain_transformers
 from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token, parameters
-from elastic.members.targets import target_params
+from elastic.members.targets import target_of
 from elastic.parent import Member
 from elastic.routing.masks import hard_keep
 from elastic.routing.table import describe
@@ -90,8 +90,8 @@ def measure(config: StepBenchConfig, device: torch.device) -> Result:
     ]
     header = ("step", "ms", "tokens/s", "over full", "FLOPs over full", "peak MiB")
     shares = {name: BudgetConfig(params=float(name)) for name in choices}
-    targets = {name: target_params(name, budget, shape) for name, budget in shares.items()}
-    return Result(figures, f"{describe(shape, targets, choices)}\n\n{table(header, rows)}")
+    targets = {name: target_of(name, budget, shape) for name, budget in shares.items()}
+    return Result(figures, f"{describe(targets, choices)}\n\n{table(header, rows)}")
 
 
 def first_steps(

@@ -14,7 +14,6 @@ from torch import Tensor
 from elastic.bench.subjects import balanced_members, drop_order, key
 from elastic.config import BudgetConfig, ParentShape, SpaceConfig
 from elastic.members.architecture import Architecture, Space
-from elastic.members.cost import parameters
 from elastic.members.cut import kept_shape, norm_cuts, tensor_shapes
 from elastic.members.search import Choice
 from elastic.members.targets import targets_of
@@ -59,8 +58,7 @@ def _scaled(size: int, scale: float) -> int:
 
 def shares_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, float]:
     """Budgets as shares of a parent's parameters, largest first."""
-    full = parameters(shape, Architecture.full(shape))
-    return {name: target / full for name, target in targets_of(budgets, shape).items()}
+    return {name: target.goals[0].share for name, target in targets_of(budgets, shape).items()}
 
 
 def family(

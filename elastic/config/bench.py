@@ -246,6 +246,13 @@ class ExtractBenchConfig(BenchConfig):
                 budget.architecture,
                 "null: scale changes every width",
             )
+            asked = list(budget.asked)
+            require(
+                asked == ["params"],
+                f"budgets.{name}",
+                asked,
+                "params alone: the shares of it are kept at every scale",
+            )
         smaller = [name for name, budget in self.budgets.items() if budget.params != 1]
         require(bool(smaller), "budgets", dict(self.budgets), "at least one below the parent")
 

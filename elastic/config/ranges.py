@@ -13,8 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from elastic.config.checks import ConfigError, require
 
 COUNT = 10**15
-"""Tokens or parameters: above all text and every model there are, and its products with sizes are
-still whole in 64 bits."""
+"""Tokens, parameters, bytes or FLOPs per token: above all text and every model there are, and its
+products with sizes are still whole in 64 bits."""
 
 LENGTH = 10**9
 """Steps, tokens of one sequence or rows of one batch."""
@@ -27,10 +27,14 @@ WEIGHT = 1e6
 
 _BY_MOST: tuple[tuple[float, str], ...] = (
     (2**32 - 1, "seed seeds"),  # what every library's generator takes
-    (COUNT, "tokens params batch_tokens micro_batch_tokens max_shard_bytes shard_bytes"),
+    (
+        COUNT,
+        "tokens params active_params weight_bytes cache_bytes flops batch_tokens "
+        "micro_batch_tokens max_shard_bytes shard_bytes",
+    ),
     (
         LENGTH,
-        "sequence_length depth_sequence_length chunk_tokens contexts samples depth_samples "
+        "sequence_length depth_sequence_length chunk_tokens context contexts samples depth_samples "
         "depth_positions sequences validation_sequences validation_every batch_size batch "
         "shard_sequences warmup_steps settled_steps draws noise_groups validate_every "
         "families checkpoint_every keep_checkpoints max_bad_steps log_every "

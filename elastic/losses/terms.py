@@ -53,7 +53,7 @@ def token_terms(
 def router_terms(
     expected: Tensor, target: float, multiplier: Tensor, config: ObjectiveConfig
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What a budget's router pays for an expected size that is not its target, and the excess
+    """What a budget's router pays for an expected cost that is not its goal, and the excess
     expected / target - 1 itself, without gradient.
 
     An augmented Lagrangian: multiplier x excess + budget_weight / 2 x excess^2. A fixed price of

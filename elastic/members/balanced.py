@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from elastic.members.architecture import WIDTH_AXIS, Space, extents
-from elastic.members.cost import LayerSize, total_parameters
+from elastic.members.cost import LayerSize
+from elastic.members.goals import Goal, Target
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 
 
 def balanced_family(
     space: Space,
     drop_order: Sequence[int],
-    targets: Mapping[str, int],
+    targets: Mapping[str, Target],
     tolerance: float,
     nested: bool,
 ) -> dict[str, Choice]:
@@ -34,17 +35,20 @@ def balanced_family(
         return search.family(targets, flat, nested)
 
 
-def _scores(space: Space, target: int) -> dict[str, np.ndarray]:
-    """axis -> (decisions, choices): the nearer to the common factor, the higher; at most 0."""
-    factor = common_factor(space, target)
+def _scores(space: Space, target: Target) -> dict[str, np.ndarray]:
+    """axis -> (decisions, choices): the nearer to the common factor, the higher; at most 0.
+
+    Of several goals the one that asks for the smallest factor sets it.
+    """
+    factor = min(common_factor(space, goal) for goal in target.goals)
     return {
         axis: np.tile(-np.square(np.array(sizes) / sizes[0] - factor), (space.decisions(axis), 1))
         for axis, sizes in space.choices.items()
     }
 
 
-def common_factor(space: Space, target: int) -> float:
-    """By how much all elastic axes have to shrink for a member of that size, were all sizes
+def common_factor(space: Space, goal: Goal) -> float:
+    """By how much all elastic axes have to shrink for a member of that cost, were all sizes
     possible; 0 where even that is too large."""
     shape, elastic = space.shape, space.elastic_axes
 
@@ -59,10 +63,10 @@ def common_factor(space: Space, target: int) -> float:
             LayerSize(kind, full[WIDTH_AXIS[kind]], channels.get(kind, 1), gate)
             for kind in shape.kinds
         ]
-        return float(total_parameters(shape, full["hidden"], layers))
+        return float(goal.measure.of(shape, full["hidden"], layers))
 
     low, high = 0.0, 1.0
     for _ in range(50):
         factor = (low + high) / 2
-        low, high = (factor, high) if size(factor) < target else (low, factor)
+        low, high = (factor, high) if size(factor) < goal.value else (low, factor)
     return high

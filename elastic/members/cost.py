@@ -5,7 +5,7 @@ differentiable scalars (the expected sizes of a router). With independent axes t
 *is* the cost of the expected sizes, because every formula is linear in each axis on its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,19 @@ class LayerSize:
     gate: Any = 1
 
 
+def layer_size(layer: Layer) -> LayerSize:
+    """Exact sizes of a kept layer."""
+    if isinstance(layer, MambaLayer):
+        return LayerSize("mamba", layer.num_heads, layer.head_dim)
+    if isinstance(layer, MLPLayer):
+        return LayerSize("mlp", layer.intermediate_size)
+    assert isinstance(layer, AttentionLayer)
+    return LayerSize("attention", layer.num_heads)
+
+
 def layer_sizes(architecture: Architecture) -> list[LayerSize]:
     """Exact sizes of a member's kept layers."""
-    sizes = []
-    for layer in architecture.layers:
-        if isinstance(layer, MambaLayer):
-            sizes.append(LayerSize("mamba", layer.num_heads, layer.head_dim))
-        elif isinstance(layer, MLPLayer):
-            sizes.append(LayerSize("mlp", layer.intermediate_size))
-        else:
-            assert isinstance(layer, AttentionLayer)
-            sizes.append(LayerSize("attention", layer.num_heads))
-    return sizes
+    return [layer_size(layer) for layer in architecture.layers]
 
 
 def layer_parameters(shape: ParentShape, hidden: Any, size: LayerSize) -> Any:
@@ -54,12 +55,6 @@ def layer_parameters(shape: ParentShape, hidden: Any, size: LayerSize) -> Any:
     in_proj = hidden * (2 * inner + state + size.width)
     conv = (inner + state) * (shape.conv_kernel + int(shape.conv_bias))
     return hidden + in_proj + conv + 3 * size.width + inner + inner * hidden
-
-
-def parameters_per_width(shape: ParentShape, hidden: Any, kind: str, channels: Any = 1) -> Any:
-    """Parameters that one more unit of width adds to a layer of a kind, whatever its width."""
-    two, one = (layer_parameters(shape, hidden, LayerSize(kind, w, channels)) for w in (2, 1))
-    return two - one
 
 
 def total_parameters(shape: ParentShape, hidden: Any, sizes: Sequence[LayerSize]) -> Any:
@@ -84,34 +79,61 @@ def kv_cache_bytes(
     shape: ParentShape, architecture: Architecture, context: int, batch: int = 1, bytes_per: int = 2
 ) -> int:
     """Bytes of keys and values for `batch` sequences of `context` tokens."""
-    layers = sum(layer.kind == "attention" for layer in architecture.layers)
-    per_token = 2 * shape.num_key_value_heads * shape.head_dim * bytes_per
-    return layers * per_token * context * batch
+    return batch * _added(_keys_and_values, shape, architecture, context, bytes_per)
 
 
 def ssm_state_bytes(
     shape: ParentShape, architecture: Architecture, batch: int = 1, bytes_per: int = 4
 ) -> int:
     """Bytes of the recurrent SSM state (float32 by default), whatever the context."""
-    heads = sum(
-        layer.num_heads * layer.head_dim
-        for layer in architecture.layers
-        if isinstance(layer, MambaLayer)
-    )
-    return heads * shape.ssm_state_size * bytes_per * batch
+    return batch * _added(_ssm_state, shape, architecture, bytes_per)
 
 
 def conv_state_bytes(
     shape: ParentShape, architecture: Architecture, batch: int = 1, bytes_per: int = 2
 ) -> int:
     """Bytes of the convolution's window over the last `conv_kernel` inputs."""
-    state = 2 * shape.n_groups * shape.ssm_state_size
-    channels = sum(
-        layer.num_heads * layer.head_dim + state
-        for layer in architecture.layers
-        if isinstance(layer, MambaLayer)
-    )
-    return channels * shape.conv_kernel * bytes_per * batch
+    return batch * _added(_conv_state, shape, architecture, bytes_per)
+
+
+def total_cache_bytes(
+    shape: ParentShape, sizes: Sequence[LayerSize], context: int, batch: int
+) -> Any:
+    """Bytes that a member keeps between two steps of decoding `batch` sequences of `context`
+    tokens: keys and values and the convolution's window in bfloat16, the SSM state in float32."""
+    total: Any = 0
+    for size in sizes:
+        states = _ssm_state(shape, size, 4) + _conv_state(shape, size, 2)
+        total = total + size.gate * (_keys_and_values(shape, size, context, 2) + states)
+    return batch * total
+
+
+def _added(
+    layer_bytes: Callable[..., Any], shape: ParentShape, member: Architecture, *rest: int
+) -> int:
+    return int(sum(layer_bytes(shape, size, *rest) for size in layer_sizes(member)))
+
+
+def _keys_and_values(shape: ParentShape, size: LayerSize, context: int, bytes_per: int) -> Any:
+    """Of one sequence in one layer; the heads of keys and values are never cut."""
+    if size.kind != "attention":
+        return 0
+    return 2 * shape.num_key_value_heads * shape.head_dim * bytes_per * context
+
+
+def _ssm_state(shape: ParentShape, size: LayerSize, bytes_per: int) -> Any:
+    """Of one sequence in one layer."""
+    if size.kind != "mamba":
+        return 0
+    return size.width * size.channels * shape.ssm_state_size * bytes_per
+
+
+def _conv_state(shape: ParentShape, size: LayerSize, bytes_per: int) -> Any:
+    """Of one sequence in one layer."""
+    if size.kind != "mamba":
+        return 0
+    channels = size.width * size.channels + 2 * shape.n_groups * shape.ssm_state_size
+    return channels * shape.conv_kernel * bytes_per
 
 
 def decode_bytes(
@@ -131,27 +153,33 @@ def decode_bytes(
 
 
 def flops_per_token(shape: ParentShape, architecture: Architecture, context: int) -> int:
+    """`total_flops` of a member."""
+    return int(total_flops(shape, architecture.hidden_size, layer_sizes(architecture), context))
+
+
+def total_flops(shape: ParentShape, hidden: Any, sizes: Sequence[LayerSize], context: int) -> Any:
     """Forward FLOPs per token at a mean over a causal context of that length.
 
     A multiply-add counts as two. Matrix products count every weight once per token, attention
     scores and values half the context (causal); the scan is counted in its recurrent form: decay,
     input and readout of a (head_dim x state) matrix per head, 5 operations per element.
     """
-    hidden = architecture.hidden_size
-    layers = sum(layer_flops(shape, hidden, layer, context) for layer in architecture.layers)
-    return 2 * hidden * shape.vocab_size + layers
+    total = 2 * hidden * shape.vocab_size
+    for size in sizes:
+        total = total + size.gate * layer_flops(shape, hidden, size, context)
+    return total
 
 
-def layer_flops(shape: ParentShape, hidden: int, layer: Layer, context: int) -> int:
-    """What one layer adds to `flops_per_token`."""
-    if isinstance(layer, MLPLayer):
-        return 4 * hidden * layer.intermediate_size
-    if isinstance(layer, AttentionLayer):
-        query, keys = layer.num_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+def layer_flops(shape: ParentShape, hidden: Any, size: LayerSize, context: int) -> Any:
+    """What one kept layer adds to `total_flops` (without the gate)."""
+    if size.kind == "mlp":
+        return 4 * hidden * size.width
+    if size.kind == "attention":
+        query, keys = size.width * shape.head_dim, shape.num_key_value_heads * shape.head_dim
         # Scores and values over context / 2 keys on average.
         return 2 * hidden * (2 * query + 2 * keys) + 2 * query * context
-    inner = layer.num_heads * layer.head_dim
+    inner = size.width * size.channels
     state = 2 * shape.n_groups * shape.ssm_state_size
-    projections = 2 * hidden * (2 * inner + state + layer.num_heads) + 2 * inner * hidden
+    projections = 2 * hidden * (2 * inner + state + size.width) + 2 * inner * hidden
     scan = 5 * inner * shape.ssm_state_size
     return projections + 2 * (inner + state) * shape.conv_kernel + scan

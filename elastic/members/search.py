@@ -1,7 +1,8 @@
 """Which members meet a budget: the most probable family, or the closest sizes. No torch.
 
-A budget is met when the exact parameter count of a member is within the tolerance of its target. Of
-all families that meet every budget (and are nested, when asked) the most probable one is taken.
+A budget is met when the exact cost of a member is within the tolerance of its target, in every unit
+that the target has. Of all families that meet every budget (and are nested, when asked) the most
+probable one is taken.
 """
 
 import heapq
@@ -15,7 +16,8 @@ import numpy as np
 
 from elastic.config import AXES, ConfigError
 from elastic.members.architecture import AXIS_KIND, WIDTH_AXIS, Architecture, Selection, Space
-from elastic.members.cost import LayerSize, parameters, parameters_per_width, total_parameters
+from elastic.members.cost import LayerSize, parameters
+from elastic.members.goals import Target
 
 T = TypeVar("T")
 
@@ -23,7 +25,8 @@ LogProbabilities = Mapping[str, np.ndarray]
 """axis -> (decisions, choices); an axis that is left alone may be absent."""
 
 Table = tuple[str, np.ndarray, np.ndarray, list[np.ndarray], int]
-"""A heterogeneous axis: its name, cost and score per sum of widths, choices per layer, unit."""
+"""A heterogeneous axis: its name, costs (measures, sums) and score per sum of widths, choices per
+layer, unit."""
 
 FILLINGS = 32
 """Fillings of the layers that are tried per combination of the other axes."""
@@ -42,18 +45,51 @@ class Choice:
 
 
 class Unreachable(ConfigError):
-    """A target that no member meets; names the closest sizes, 0 where there is none."""
+    """A target that no member meets; names the nearest members' costs.
+
+    Args:
+        nearest: costs in the order of the target's goals; where there is one goal, the nearest
+            below and the nearest above, else the one member that misses its worst goal least.
+    """
 
     def __init__(
-        self, name: str, target: int, closest: tuple[int, int], tolerance: float, nested: bool
+        self,
+        name: str,
+        target: Target,
+        nearest: Sequence[tuple[int, ...]],
+        tolerance: float,
+        nested: bool,
     ) -> None:
-        self.name, self.target, self.closest = name, target, closest
-        self.nested = nested
-        sizes = " and ".join(f"{size:,}" for size in closest if size)
-        super().__init__(
-            f"budgets.{name}: no combination of space is within {tolerance:.1%} of {target:,} "
-            f"parameters; the closest reachable are {sizes}" + (", nested" if nested else "")
+        self.name, self.target, self.nearest = name, target, list(nearest)
+        self.tolerance, self.nested = tolerance, nested
+        one = len(target.goals) == 1
+        costs = " and ".join(
+            f"{values[0]:,}"
+            if one
+            else " with ".join(m.text(v) for m, v in zip(target.measures, values, strict=True))
+            for values in self.nearest
         )
+        super().__init__(
+            f"budgets.{name}: no combination of space is within {tolerance:.1%} of {target}; the "
+            f"closest reachable {'are' if one else 'has'} {costs}" + (", nested" if nested else "")
+        )
+
+    def together(self, other: "Unreachable") -> "Unreachable":
+        """One error for the members of both."""
+        points = np.array([*self.nearest, *other.nearest]).T
+        nearest = nearest_costs(points, self.target)
+        return Unreachable(self.name, self.target, nearest, self.tolerance, self.nested)
+
+
+def nearest_costs(costs: np.ndarray, target: Target) -> list[tuple[int, ...]]:
+    """Of (goals, members) costs those that `Unreachable` names."""
+    values = np.array(target.values)[:, None]
+    if len(values) > 1:
+        worst = np.abs(costs / values - 1).max(axis=0)
+        return [tuple(map(int, costs[:, worst.argmin()]))]
+    below, above = costs[costs <= values[0]], costs[costs >= values[0]]
+    ends = [*([below.max()] if below.size else []), *([above.min()] if above.size else [])]
+    return [(int(end),) for end in ends]
 
 
 class Search:
@@ -63,14 +99,13 @@ class Search:
         self.space = space
         self.drop_order = tuple(drop_order)
         self.tolerance = tolerance
-        self.full = parameters(space.shape, Architecture.full(space.shape))
         self._once = [axis for axis in AXES if axis not in space.heterogeneous]
         self._layered = [axis for axis in AXES if axis in space.heterogeneous]
         self._kinds: dict[int, Counter[str]] = {}
 
     def family(
         self,
-        targets: Mapping[str, int],
+        targets: Mapping[str, Target],
         log_probabilities: Mapping[str, LogProbabilities],
         nested: bool,
     ) -> dict[str, Choice]:
@@ -127,7 +162,9 @@ class Search:
         members = map(self.choice, solution[1])
         return dict(zip(names, members, strict=True))
 
-    def members(self, target: int, log_probabilities: LogProbabilities, count: int) -> list[Choice]:
+    def members(
+        self, target: Target, log_probabilities: LogProbabilities, count: int
+    ) -> list[Choice]:
         """The most probable members that meet a target, at most `count`; nested or not."""
         found: dict[Architecture, Choice] = {}
         for _, selection in self._candidates(target, log_probabilities, self._whole(), FILLINGS):
@@ -146,10 +183,10 @@ class Search:
         return {axis: (0,) * self.space.decisions(axis) for axis in AXES}
 
     def _candidates(
-        self, target: int, log_probabilities: LogProbabilities, outer: Selection, fillings: int
+        self, target: Target, log_probabilities: LogProbabilities, outer: Selection, fillings: int
     ) -> Iterator[tuple[float, Selection]]:
         """Members within tolerance of the target and within `outer`, most probable first."""
-        if target == self.full:
+        if target.whole:
             if outer == self._whole():
                 yield self.log_probability(log_probabilities, outer), outer
             return
@@ -230,10 +267,13 @@ class Search:
         return set(self.drop_order[: len(self.space.shape.pattern) - kept])
 
     def _layer_tables(
-        self, log_probabilities: LogProbabilities, once: Selection, outer: Selection
-    ) -> tuple[int, list[Table]]:
-        """Base cost without the heterogeneous widths, and per heterogeneous axis: cost per sum,
-        score per sum, choices, unit."""
+        self,
+        target: Target,
+        log_probabilities: LogProbabilities,
+        once: Selection,
+        outer: Selection,
+    ) -> tuple[np.ndarray, list[Table]]:
+        """Base costs (goals,) without the heterogeneous widths, and their tables."""
         shape = self.space.shape
         hidden = self.space.choices["hidden"][once["hidden"][0]]
         channels = self.space.choices["mamba_head_dim"][once["mamba_head_dim"][0]]
@@ -243,31 +283,34 @@ class Search:
             # a layer's cost is linear in its width: what depends on it is in the tables
             width = 0 if axis in self._layered else self.space.choices[axis][once[axis][0]]
             sizes.append(LayerSize(kind, width, channels, gate=count))
-        base = total_parameters(shape, hidden, sizes)
+        measures = target.measures
+        base = np.array([measure.of(shape, hidden, sizes) for measure in measures])
         tables = []
         for axis in self._layered:
-            slope = parameters_per_width(shape, hidden, AXIS_KIND[axis], channels)
+            kind = AXIS_KIND[axis]
+            slopes = [measure.per_width(shape, hidden, kind, channels) for measure in measures]
             log = _log(log_probabilities, self.space, axis)
             scores, taken, unit = self._sums(axis, log, once, outer)
-            costs = np.arange(len(scores), dtype=np.int64) * unit * slope
-            tables.append((axis, costs, scores, taken, unit))
+            widths = np.arange(len(scores), dtype=np.int64) * unit
+            tables.append((axis, np.outer(slopes, widths), scores, taken, unit))
         return base, tables
 
     def _fill_layers(
-        self, target: int, log_probabilities: LogProbabilities, once: Selection, outer: Selection
+        self, target: Target, log_probabilities: LogProbabilities, once: Selection, outer: Selection
     ) -> Iterator[Selection]:
         """Complete a selection with widths per layer that meet the target, most probable first.
 
-        One filling, the best, for each way of sharing the parameters between the axes; a nested
+        One filling, the best, for each way of sharing the widths between the axes; a nested
         family may need another than the first, since the next budget has to fit inside.
         """
-        base, tables = self._layer_tables(log_probabilities, once, outer)
-        margin = self.tolerance * target
-        costs, scores = np.array([base]), np.zeros(1)
+        base, tables = self._layer_tables(target, log_probabilities, once, outer)
+        costs, scores = base[:, None], np.zeros(1)
         for _, more_costs, more_scores, _, _ in tables:
-            costs = (costs[:, None] + more_costs).ravel()
+            costs = _all_sums(costs, more_costs)
             scores = (scores[:, None] + more_scores).ravel()
-        met = np.flatnonzero((np.abs(costs - target) <= margin) & (scores > -np.inf))
+        values = np.array(target.values)[:, None]
+        near = (np.abs(costs - values) <= self.tolerance * values).all(axis=0)
+        met = np.flatnonzero(near & (scores > -np.inf))
         for winner in met[np.argsort(-scores[met], kind="stable")]:
             yield self._trace(int(winner), tables, once)
 
@@ -276,7 +319,7 @@ class Search:
         selection = dict(once)
         dropped = self._dropped(once)
         for axis, more_costs, _, taken, unit in reversed(tables):
-            winner, total = divmod(winner, len(more_costs))
+            winner, total = divmod(winner, more_costs.shape[1])
             indices = []
             layers = self.space.layers_of(axis)
             for layer, choice in zip(reversed(layers), reversed(taken), strict=True):
@@ -287,27 +330,32 @@ class Search:
             selection[axis] = tuple(reversed(indices))
         return {axis: selection[axis] for axis in AXES}
 
-    def _unreachable(self, name: str, target: int, outer: Selection, nested: bool) -> Unreachable:
-        """The error that names the closest sizes within `outer`."""
+    def _unreachable(
+        self, name: str, target: Target, outer: Selection, nested: bool
+    ) -> Unreachable:
+        """The error that names the nearest costs within `outer`."""
         flat = {
             axis: np.zeros((self.space.decisions(axis), len(self.space.choices[axis])))
             for axis in AXES
         }
-        below, above = 0, 0
+        nearest: list[tuple[int, ...]] = []
         ranges = [range(outer[axis][0], len(self.space.choices[axis])) for axis in self._once]
         for indices in itertools.product(*ranges):
             once: Selection = {
                 axis: (index,) for axis, index in zip(self._once, indices, strict=True)
             }
-            base, tables = self._layer_tables(flat, once, outer)
-            costs = np.array([base])
+            base, tables = self._layer_tables(target, flat, once, outer)
+            costs = base[:, None]
             for _, more_costs, more_scores, _, _ in tables:
-                costs = (costs[:, None] + more_costs[more_scores > -np.inf]).ravel()
-            smaller, larger = costs[costs <= target], costs[costs >= target]
-            below = max(below, int(smaller.max(initial=0)))
-            if larger.size:
-                above = min(above or int(larger.min()), int(larger.min()))
-        return Unreachable(name, target, (below, above), self.tolerance, nested)
+                costs = _all_sums(costs, more_costs[:, more_scores > -np.inf])
+            known = np.array(nearest, dtype=np.int64).reshape(-1, len(costs)).T
+            nearest = nearest_costs(np.concatenate((known, costs), axis=1), target)
+        return Unreachable(name, target, nearest, self.tolerance, nested)
+
+
+def _all_sums(costs: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """(goals, n) and (goals, m) -> (goals, n * m), every pair."""
+    return (costs[:, :, None] + more[:, None, :]).reshape(len(costs), -1)
 
 
 def _log(log_probabilities: LogProbabilities, space: Space, axis: str) -> np.ndarray:

@@ -3,23 +3,38 @@ torch."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cmp_to_key
 
 from elastic.config import BudgetConfig, ConfigError, ImportanceConfig, ParentShape, SpaceConfig
 from elastic.members.architecture import Architecture, Space, droppable_layers
 from elastic.members.cost import parameters
+from elastic.members.goals import Goal, Measure, Target
 from elastic.members.search import LogProbabilities, Search, Unreachable
 
 
-def target_params(name: str, budget: BudgetConfig, shape: ParentShape) -> int:
-    """Parameters that a budget asks for; those of its member where only that is given.
+def target_of(name: str, budget: BudgetConfig, shape: ParentShape) -> Target:
+    """What a budget asks for; the parameters of its member where only that is given.
 
     Raises:
-        ConfigError: that member cannot be read, or is none of this parent.
+        ConfigError: that member cannot be read, or is none of this parent; a value above the
+            parent's.
     """
-    if budget.params is None:
-        return parameters(shape, _given(name, budget, shape))
-    full = parameters(shape, Architecture.full(shape))
-    return round(budget.params * full) if budget.params <= 1 else round(budget.params)
+    if not budget.asked:
+        return Target.params(shape, parameters(shape, _given(name, budget, shape)))
+    goals, whole = [], Architecture.full(shape)
+    for unit, asked in budget.asked.items():
+        measure = Measure(
+            unit, budget.weight_dtype or "bfloat16", budget.context or 0, budget.batch or 1
+        )
+        parent = measure.exact(shape, whole)
+        value = round(asked * parent) if asked <= 1 else round(asked)
+        if not 0 < value <= parent:
+            raise ConfigError(
+                f"budgets.{name}.{unit}={asked:g}: must be at most the parent's "
+                f"{measure.text(parent)}, and not round to 0"
+            )
+        goals.append(Goal(measure, value, parent))
+    return Target(shape, tuple(goals))
 
 
 def _given(name: str, budget: BudgetConfig, shape: ParentShape) -> Architecture:
@@ -45,7 +60,7 @@ def given_members(
     """
     targets = targets_of(budgets, shape)
     given = [name for name in targets if budgets[name].architecture is not None]
-    left = [name for name in smaller_budgets(shape, targets) if name not in given]
+    left = [name for name in smaller_budgets(targets) if name not in given]
     if given and left:
         raise ConfigError(
             f"budgets.{left[0]}.architecture: must be given, as that of budgets.{given[0]} is: the "
@@ -54,12 +69,14 @@ def given_members(
     found: dict[str, Architecture] = {}
     for name in given:
         key, member = f"budgets.{name}.architecture", _given(name, budgets[name], shape)
-        size, target = parameters(shape, member), targets[name]
-        if abs(size - target) > space.tolerance * target:
-            raise ConfigError(
-                f"{key}: has {size:,} parameters, not within {space.tolerance:.1%} of "
-                f"budgets.{name}.params, {target:,}; change either, or set params to null"
-            )
+        for goal in targets[name].goals:
+            size = goal.measure.exact(shape, member)
+            if abs(size - goal.value) > space.tolerance * goal.value:
+                unit = goal.measure.unit
+                raise ConfigError(
+                    f"{key}: has {goal.measure.text(size)}, not within {space.tolerance:.1%} of "
+                    f"budgets.{name}.{unit}, {goal.value:,}; change either, or set {unit} to null"
+                )
         outer = next(reversed(found), None)
         if space.nested and outer is not None and not member.is_within(found[outer]):
             raise ConfigError(
@@ -70,30 +87,57 @@ def given_members(
     return found
 
 
-def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, int]:
-    """Targets by name, largest first; `ConfigError` for one above the parent or given twice."""
-    full = parameters(shape, Architecture.full(shape))
-    targets = {name: target_params(name, budget, shape) for name, budget in budgets.items()}
-    for name, target in targets.items():
-        if target > full:
+def targets_of(budgets: Mapping[str, BudgetConfig], shape: ParentShape) -> dict[str, Target]:
+    """Targets by name, largest first: by the units that two of them share, else by the smallest
+    share of the parent's that each asks for.
+
+    Raises:
+        ConfigError: a target above the parent or given twice; two of which each is the larger one
+            in some unit.
+    """
+    targets = {name: target_of(name, budget, shape) for name, budget in budgets.items()}
+    for one, two in itertools.combinations(targets, 2):
+        signs = _signs(targets[one], targets[two])
+        if {-1, 1} <= signs:
             raise ConfigError(
-                f"budgets.{name}.params={budgets[name].params:g}: must be at most the parent's "
-                f"{full:,}"
+                f"budgets.{one} and budgets.{two}: each must be the larger one in every unit that "
+                f"both have; they ask for {targets[one]} against {targets[two]}"
             )
-    if len(set(targets.values())) < len(targets):
-        raise ConfigError(f"budgets: targets must differ, got {targets}")
-    return dict(sorted(targets.items(), key=lambda item: -item[1]))
+        if targets[one].goals == targets[two].goals:
+            raise ConfigError(
+                f"budgets: targets must differ, {one} and {two} both ask for {targets[one]}"
+            )
+    by_size = cmp_to_key(_order)
+    return dict(sorted(targets.items(), key=lambda item: by_size(item[1])))
 
 
-def smaller_budgets(shape: ParentShape, targets: Mapping[str, int]) -> list[str]:
+def _signs(one: Target, two: Target) -> set[int]:
+    """Of the differences in every measure that both have: -1 where the first is the larger."""
+    values = {goal.measure: goal.value for goal in two.goals}
+    shared = [goal for goal in one.goals if goal.measure in values]
+    return {_sign(values[goal.measure] - goal.value) for goal in shared}
+
+
+def _order(one: Target, two: Target) -> int:
+    signs = _signs(one, two) - {0}
+    if signs:
+        return min(signs)
+    tightest = [min(goal.share for goal in target.goals) for target in (one, two)]
+    return _sign(tightest[1] - tightest[0])
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def smaller_budgets(targets: Mapping[str, Target]) -> list[str]:
     """Budgets that have a choice; the whole parent has none."""
-    full = parameters(shape, Architecture.full(shape))
-    return [name for name, target in targets.items() if target < full]
+    return [name for name, target in targets.items() if not target.whole]
 
 
 def check_reachable(
     space: Space,
-    targets: Mapping[str, int],
+    targets: Mapping[str, Target],
     importance: ImportanceConfig,
     tolerance: float,
     nested: bool,
@@ -117,10 +161,7 @@ def check_reachable(
             if first is None:
                 first = error
             elif (error.name, error.nested) == (first.name, first.nested):
-                below = max(first.closest[0], error.closest[0])
-                above = min(filter(None, (first.closest[1], error.closest[1])), default=0)
-                closest = (below, above)
-                first = Unreachable(first.name, first.target, closest, tolerance, first.nested)
+                first = first.together(error)
     assert first is not None
     raise first
 

@@ -15,7 +15,8 @@ from elastic.members.architecture import (
     Architecture,
     Space,
 )
-from elastic.members.cost import LayerSize, total_parameters
+from elastic.members.cost import LayerSize
+from elastic.members.goals import Measure, Target
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,12 @@ class Candidate:
 
     sizes: tuple[int, ...]
     """In the order of `AXES`."""
-    params: int
+    layers: tuple[LayerSize, ...]
+    """One per kind, its gate the number of layers."""
+
+    def cost(self, measure: Measure, shape: ParentShape) -> int:
+        """Exactly."""
+        return int(measure.of(shape, self.sizes[AXES.index("hidden")], self.layers))
 
 
 def candidates(space: Space, drop_order: Sequence[int]) -> list[Candidate]:
@@ -41,12 +47,12 @@ def candidates(space: Space, drop_order: Sequence[int]) -> list[Candidate]:
             LayerSize(kind, at[WIDTH_AXIS[kind]], channels.get(kind, 1), gate=count)
             for kind, count in layers[total - at["depth"]].items()
         ]
-        found.append(Candidate(sizes, int(total_parameters(shape, at["hidden"], alike))))
+        found.append(Candidate(sizes, tuple(alike)))
     return found
 
 
 def within_tolerance(
-    space: Space, drop_order: Sequence[int], targets: Mapping[str, int], tolerance: float
+    space: Space, drop_order: Sequence[int], targets: Mapping[str, Target], tolerance: float
 ) -> dict[str, list[Candidate]]:
     """Every homogeneous member within tolerance of each budget, the nearest first.
 
@@ -57,9 +63,11 @@ def within_tolerance(
     parent = next(candidate for candidate in every if candidate.sizes == full)
     found = {}
     for name, target in targets.items():
-        met = [c for c in every if abs(c.params - target) <= tolerance * target]
-        met = [parent] if target == parent.params else met
-        found[name] = sorted(met, key=lambda c: abs(c.params - target))
+        off = {
+            c: max(abs(c.cost(g.measure, space.shape) / g.value - 1) for g in target.goals)
+            for c in ([parent] if target.whole else every)
+        }
+        found[name] = sorted((c for c in off if off[c] <= tolerance), key=off.__getitem__)
     return found
 
 

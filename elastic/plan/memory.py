@@ -173,7 +173,7 @@ def _router_weights(config: RunConfig, space: Space) -> int:
     hidden = config.router.hidden_units
     if config.members_given:
         return 0
-    budgets = len(smaller_budgets(space.shape, targets_of(config.budgets, space.shape)))
+    budgets = len(smaller_budgets(targets_of(config.budgets, space.shape)))
     outputs = sum(space.decisions(axis) * len(space.choices[axis]) for axis in space.elastic_axes)
     return budgets * (len(space.elastic_axes) * 2 * hidden + outputs * (hidden + 1))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from elastic.config import ParentShape, RunConfig
 from elastic.members.architecture import Architecture, droppable_layers
-from elastic.members.cost import layer_flops
+from elastic.members.cost import layer_flops, layer_sizes
 from elastic.members.cut import tensor_shapes
 from elastic.members.trials import rounds
 from elastic.plan.blocks import Execution, blocks_of
@@ -45,7 +45,7 @@ def ranking_work(config: RunConfig, sizes: Sizes) -> RankingWork:
     """
     settings, shape = config.importance, sizes.space.shape
     processes, width = config.trainer.world_size, shape.hidden_size
-    layers = Architecture.full(shape).layers
+    layers = layer_sizes(Architecture.full(shape))
 
     def passed(length: int) -> list[int]:
         """A sequence through each layer."""

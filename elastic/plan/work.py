@@ -80,7 +80,7 @@ def _family(
     for name, member in members.items():
         alike = found[name]
         budgets[name] = {
-            "target": sizes.targets[name],
+            "target": {g.measure.unit: g.value for g in sizes.targets[name].goals},
             "homogeneous_members": len(alike),
             "ranges": ranges_of(space, alike) if alike else None,
             "sizes": sizes_of(space, member),

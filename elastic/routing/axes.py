@@ -11,11 +11,12 @@ from torch import Tensor
 from elastic.config import ObjectiveConfig, RouterConfig
 from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Selection
+from elastic.members.goals import PARAMS, Measure, Target
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.routing.decide import Wish
 from elastic.routing.masks import soft_keep
 from elastic.routing.proposals import Proposals, Proposed, SoftDraw
-from elastic.routing.router import Router, Schedule, entropy, expected_parameters, sample
+from elastic.routing.router import Router, Schedule, entropy, expected_sizes, sample
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class AxisProposals(Proposals):
     """Proposals of a `Router`.
 
     Args:
-        targets: parameters by budget, largest first.
+        targets: by budget, largest first.
         smaller: the budgets that have a choice, by their position in the router.
 
     Raises:
@@ -35,7 +36,7 @@ class AxisProposals(Proposals):
         self,
         router: Router,
         search: Search,
-        targets: Mapping[str, int],
+        targets: Mapping[str, Target],
         smaller: Mapping[str, int],
         nested: bool,
         config: RouterConfig,
@@ -52,23 +53,35 @@ class AxisProposals(Proposals):
     def draw(self, budget: str, now: Schedule, generator: torch.Generator) -> SoftDraw:
         space, order, index = self.search.space, self.search.drop_order, self.smaller[budget]
         logits = self.router(index, now.scale)
-        multiplier = self.router.multipliers[index].clone()  # it is stepped in place
+        goals = self.targets[budget].goals
+        multipliers = self.router.multipliers[index].clone()  # they are stepped in place
         # Masks and counts of parameters are products too: bfloat16 would be off by half a per cent.
-        with torch.autocast(multiplier.device.type, enabled=False):
+        with torch.autocast(multipliers.device.type, enabled=False):
             drawn = sample(logits, now.temperature, generator, self.config.hard_probability)
             keep = soft_keep(space, order, drawn)
             # Of the distribution itself: noise would be paid for by making it narrow first.
             even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
-            expected = expected_parameters(space, order, even)
-            terms, excess = router_terms(expected, self.targets[budget], multiplier, self.objective)
-        self._excess[index] = excess
+            hidden, layers = expected_sizes(space, order, even)
+
+            def expected(measure: Measure) -> Tensor:
+                cost = measure.of(space.shape, hidden, layers)
+                return torch.as_tensor(cost, device=multipliers.device)
+
+            paid = [
+                router_terms(expected(goal.measure), goal.value, price, self.objective)
+                for goal, price in zip(goals, multipliers, strict=False)
+            ]
+        distance, total = (
+            torch.stack([terms[name] for terms, _ in paid]) for name in ("budget", "total")
+        )
+        self._excess[index] = torch.stack([excess for _, excess in paid])
         return SoftDraw(
             keep,
-            terms,
+            {"budget": distance.max(), "total": total.sum()},
             {
                 "entropy": entropy(even).detach(),
-                "expected_params": expected.mean().detach(),
-                "multiplier": multiplier,
+                "expected_params": expected(PARAMS).detach().mean(),
+                "multiplier": multipliers.sum(),
             },
         )
 
@@ -76,7 +89,7 @@ class AxisProposals(Proposals):
         """The multipliers of the budgets that the step drew follow how far their sizes were off."""
         if taken:
             for index, excess in self._excess.items():
-                price = self.router.multipliers[index]
+                price = self.router.multipliers[index, : len(excess)]
                 price.copy_(next_multiplier(price, excess, self.objective))
         self._excess.clear()
 

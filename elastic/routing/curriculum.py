@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from elastic.config import StageConfig, TrainerConfig
 from elastic.config.checks import require
+from elastic.members.goals import Target
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, without their whole parts, fill the line from 0 to 1 most evenly."""
@@ -121,9 +122,9 @@ def _pass_count(stage: StageConfig, budgets: Sequence[str]) -> int:
 
 
 def check_budgets(
-    stages: Mapping[str, StageConfig], targets: Mapping[str, int], full: int, in_place: bool
+    stages: Mapping[str, StageConfig], targets: Mapping[str, Target], in_place: bool
 ) -> None:
-    """Stop what only sizes can show; `targets` largest first, `full` is the parent's own size.
+    """Stop what only sizes can show; `targets` largest first.
 
     Raises:
         ConfigError: a sandwich with nothing to draw for its middle; an in-place teacher that is not
@@ -131,11 +132,11 @@ def check_budgets(
     """
     largest, *between = list(targets)[:-1] or list(targets)
     require(
-        not in_place or targets[largest] == full,
+        not in_place or targets[largest].whole,
         "objective.teacher",
         "in_place",
-        f"replicated unless one budget is the whole parent, {full:,} parameters; "
-        f"budgets.{largest} has {targets[largest]:,}",
+        f"replicated unless one budget is the whole parent; budgets.{largest} asks for "
+        f"{targets[largest]}",
     )
     for name, stage in stages.items():
         if stage.budget_probabilities is None:

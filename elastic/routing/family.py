@@ -10,6 +10,7 @@ from torch import Tensor
 from elastic.config import ConfigError, ObjectiveConfig, RouterConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
+from elastic.members.goals import Target
 from elastic.members.search import Choice, Search
 from elastic.members.targets import smaller_budgets
 from elastic.parent import Member
@@ -49,7 +50,7 @@ class Family:
         self,
         space: Space,
         drop_order: tuple[int, ...],
-        targets: Mapping[str, int],
+        targets: Mapping[str, Target],
         router: Router | FamilyRouter,
         config: RouterConfig,
         space_config: SpaceConfig,
@@ -60,7 +61,7 @@ class Family:
         self.router, self.config = router, config
         self.nested = space_config.nested
         self.search = Search(space, drop_order, space_config.tolerance)
-        smaller = smaller_budgets(space.shape, self.targets)
+        smaller = smaller_budgets(self.targets)
         self.smaller = {name: position for position, name in enumerate(smaller)}
         """Budgets that have a choice, and norm weights of their own, by their position among these:
         in the router, and in those weights."""
@@ -132,7 +133,7 @@ class Family:
 
     def news(self, choices: Mapping[str, Choice]) -> str:
         """The table of a family, or that it is still the one that was printed last."""
-        table = describe(self.space.shape, self.targets, choices)
+        table = describe(self.targets, choices)
         if table == self._printed:
             return "the family is unchanged"
         self._printed = table

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.config import ConfigError, RouterConfig
+from elastic.members.goals import Target
 from elastic.members.search import Choice, Search, chains
 from elastic.routing.decide import Wish
 from elastic.routing.masks import soft_keep
@@ -25,7 +26,7 @@ Families = list[dict[str, Choice]]
 """Budget -> member, largest first."""
 
 
-def nested_families(search: Search, targets: Mapping[str, int], nested: bool) -> Families:
+def nested_families(search: Search, targets: Mapping[str, Target], nested: bool) -> Families:
     """Every family that meets the targets, which are largest first.
 
     Raises:

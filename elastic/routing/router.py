@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from elastic.config import OptimConfig, RouterConfig
 from elastic.members.architecture import WIDTH_AXIS, Space
-from elastic.members.cost import LayerSize, total_parameters
+from elastic.members.cost import LayerSize
 from elastic.routing.masks import Distributions, constant, layer_gates
 
 LEAK = 0.1
@@ -48,17 +48,23 @@ class Router(nn.Module):
 
     Args:
         budgets: how many budgets have a choice; the whole parent has none.
+        goals: the most that one of them asks for.
     """
 
     multipliers: Tensor
-    """(budgets,): prices of being larger than the target; see `losses.router_terms`."""
+    """(budgets, goals): prices of being above a goal; see `losses.router_terms`."""
 
     def __init__(
-        self, space: Space, budgets: int, config: RouterConfig, generator: torch.Generator
+        self,
+        space: Space,
+        budgets: int,
+        config: RouterConfig,
+        generator: torch.Generator,
+        goals: int = 1,
     ) -> None:
         super().__init__()
         self.space, self.head_start = space, config.full_bias
-        self.register_buffer("multipliers", torch.zeros(budgets), persistent=False)
+        self.register_buffer("multipliers", torch.zeros(budgets, goals), persistent=False)
         self.budgets = nn.ModuleList()
         for _ in range(budgets):
             axes = nn.ModuleDict()
@@ -210,12 +216,12 @@ def _gumbel(logits: Mapping[str, Tensor], generator: torch.Generator) -> dict[st
     }
 
 
-def expected_parameters(
+def expected_sizes(
     space: Space, drop_order: Sequence[int], distributions: Distributions
-) -> Tensor:
-    """Expected parameter count under independent choices: (b,), differentiable.
+) -> tuple[Tensor | float, list[LayerSize]]:
+    """Expected hidden size and layers under independent choices: (b,) each, differentiable.
 
-    The cost is linear in every axis on its own, so that this is the cost of the expected sizes.
+    Costs are linear in every axis on its own: `Measure.of` these sizes is the expected cost.
     """
 
     def expected(axis: str) -> Tensor | list[list[float]]:
@@ -244,8 +250,7 @@ def expected_parameters(
         for index, kind in enumerate(space.shape.kinds)
     ]
     hidden = sizes["hidden"]
-    width = hidden[:, 0] if isinstance(hidden, Tensor) else hidden[0][0]
-    return torch.as_tensor(total_parameters(space.shape, width, layers))
+    return hidden[:, 0] if isinstance(hidden, Tensor) else hidden[0][0], layers
 
 
 def entropy(distributions: Distributions) -> Tensor:

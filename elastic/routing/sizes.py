@@ -14,7 +14,7 @@ from elastic.config import (
     StageConfig,
 )
 from elastic.members.architecture import Architecture, Space
-from elastic.members.cost import parameters
+from elastic.members.goals import Target
 from elastic.members.targets import (
     check_reachable,
     given_members,
@@ -29,8 +29,8 @@ class Sizes(NamedTuple):
     """What the settings say of sizes, worked out for one parent."""
 
     space: Space
-    targets: dict[str, int]
-    """Parameters by budget, largest first."""
+    targets: dict[str, Target]
+    """By budget, largest first."""
     drop_order: tuple[int, ...]
     """One under which every target is reached; it stands in until the layers are ranked."""
     given: dict[str, Architecture]
@@ -54,7 +54,7 @@ def check_sizes(
     built = Space.build(space, shape)
     budgets = with_members_read(budgets)
     targets = targets_of(budgets, shape)
-    check_budgets(stages, targets, parameters(shape, Architecture.full(shape)), in_place)
+    check_budgets(stages, targets, in_place)
     given = given_members(budgets, shape, space)
     if given:
         whole = Architecture.full(shape)

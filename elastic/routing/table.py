@@ -1,11 +1,11 @@
 """A family as a table, and the sizes of its members as figures. No torch."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from elastic.config import ParentShape
 from elastic.console import short, table
 from elastic.members.architecture import AXIS_FIELD, AXIS_KIND, Architecture
+from elastic.members.goals import Target
 from elastic.members.search import Choice
 from elastic.routing.decide import Decision
 
@@ -34,43 +34,51 @@ def sizes(choice: Choice) -> dict[str, float]:
     return figures
 
 
-def describe(shape: ParentShape, targets: Mapping[str, int], choices: Mapping[str, Choice]) -> str:
+def describe(targets: Mapping[str, Target], choices: Mapping[str, Choice]) -> str:
     """A family, one line per budget, then the layers that each drops; `WIDTH` columns at most.
 
     A size that differs between layers is a range; layers are named by their kind and their index in
     the parent, from 0.
     """
-    rows = []
+    rows, kinds = [], next(iter(targets.values())).shape.kinds
     for name, choice in choices.items():
         kept = choice.architecture
         channels = span(kept, "mamba_head_dim")
         rows.append(
             [
                 name,
-                short(targets[name]),
+                _short(targets[name]),
                 f"{choice.params:,}",
-                f"{choice.params / targets[name] - 1:+.2%}",
+                f"{targets[name].off(kept):+.2%}",
                 str(kept.hidden_size),
                 span(kept, "ffn"),
                 span(kept, "mamba_heads") + ("" if channels == "-" else f" x {channels}"),
                 span(kept, "attention_heads"),
-                f"{len(kept.layers)} of {len(shape.kinds)}",
+                f"{len(kept.layers)} of {len(kinds)}",
             ]
         )
     header = (
         "budget", "target", "parameters", "off by", "hidden", "ffn", "mamba heads", "attention",
         "layers",
     )  # fmt: skip
-    return "\n".join([*table(header, rows), *_drops(shape, choices)])
+    return "\n".join([*table(header, rows), *_drops(kinds, choices)])
 
 
-def account(budget: str, target: int, decision: Decision, chosen: Choice) -> str:
+def _short(target: Target) -> str:
+    """Values in few characters, those of other units than parameters with their unit."""
+    return ", ".join(
+        short(goal.value) + ("" if goal.measure.unit == "params" else f" {goal.measure.unit}")
+        for goal in target.goals
+    )
+
+
+def account(budget: str, target: Target, decision: Decision, chosen: Choice) -> str:
     """How the member of a budget was decided, in lines: the router's own choice, the loss of every
     candidate, and where the two part."""
     own = decision.router_choice
     lines = [
         f"{budget}: the router's own choice is {_brief(own)}, {decision.router_params:,} "
-        f"parameters ({decision.router_params / target - 1:+.1%} off its target)"
+        f"parameters ({target.off(own):+.1%} off its target)"
     ]
     for candidate in sorted(decision.candidates, key=lambda candidate: candidate.kl):
         mark = "  <- frozen" if candidate.architecture == chosen.architecture else ""
@@ -98,12 +106,12 @@ def span(architecture: Architecture, axis: str) -> str:
     return str(least) if least == most else f"{least}-{most}"
 
 
-def _drops(shape: ParentShape, choices: Mapping[str, Choice]) -> list[str]:
+def _drops(kinds: Sequence[str], choices: Mapping[str, Choice]) -> list[str]:
     """The layers that each budget drops; budgets that drop the same ones share a line."""
     budgets: dict[str, list[str]] = {}
     for name, choice in choices.items():
         kept = {layer.index for layer in choice.architecture.layers}
-        dropped = [f"{kind} {i}" for i, kind in enumerate(shape.kinds) if i not in kept]
+        dropped = [f"{kind} {i}" for i, kind in enumerate(kinds) if i not in kept]
         if dropped:
             budgets.setdefault(", ".join(dropped), []).append(name)
     lines = []

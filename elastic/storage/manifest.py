@@ -30,7 +30,7 @@ ENERGIES = "energies.safetensors"
 class Member:
     """One budget's entry: the target as configured, the exact size, the architecture."""
 
-    target: dict[str, float]
+    target: dict[str, float | str]
     params: int
     architecture: Architecture
     decision: dict[str, Any] | None = None

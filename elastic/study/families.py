@@ -41,7 +41,7 @@ def untrained_members(config: RunConfig, parent: Path) -> dict[str, list[dict[st
     original, cut = load_parent(parent), load_parent(run_dir / "sorted")
     shape, space = cut.shape, Space.build(config.space, cut.shape)
     targets = targets_of(config.budgets, shape)
-    smaller = smaller_budgets(shape, targets)
+    smaller = smaller_budgets(targets)
     if config.norms.own:
         cut.add_own_norms(len(smaller), load_file(run_dir / "elastic" / ENERGIES))
     data = run_dir / "data"

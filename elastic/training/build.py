@@ -39,7 +39,7 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
     """Budgets, and the router that chooses a member for each."""
     config = setup.config
     generator = torch.Generator().manual_seed(config.seed + 1)
-    smaller = smaller_budgets(setup.shape, setup.targets)
+    smaller = smaller_budgets(setup.targets)
     router: Router | FamilyRouter
     if config.router.kind == "members" and not setup.given:
         search = Search(setup.space, ranking.drop_order, config.space.tolerance)
@@ -47,7 +47,8 @@ def family_of(setup: Setup, ranking: Ranking) -> Family:
         router = FamilyRouter(families, config.router, generator)
     else:
         choices = 0 if setup.given else len(smaller)
-        router = Router(setup.space, choices, config.router, generator)
+        goals = max(len(setup.targets[name].goals) for name in setup.targets)
+        router = Router(setup.space, choices, config.router, generator, goals)
     return Family(
         setup.space,
         ranking.drop_order,

@@ -7,10 +7,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from elastic.config import KINDS, ParentShape, RunConfig
+from elastic.config import KINDS, BudgetConfig, ParentShape, RunConfig
 from elastic.console import short, table
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
+from elastic.members.goals import Target
 from elastic.members.targets import targets_of
 from elastic.parent.stock import read_config, read_shape
 from elastic.routing.curriculum import Stage, budget_probabilities, plan
@@ -60,7 +61,7 @@ def opening(config: RunConfig) -> list[str]:
     return [
         *_row("run", config.name),
         *_parent(config, shape),
-        *_budgets(config, shape, targets),
+        *_budgets(config, targets),
         *_text(config),
         *_row("teacher", _teacher(config)),
         *_row("devices", _devices(config)),
@@ -105,23 +106,26 @@ def _parent(config: RunConfig, shape: ParentShape | None) -> list[str]:
     )
 
 
-def _budgets(
-    config: RunConfig, shape: ParentShape | None, targets: dict[str, int] | None
-) -> list[str]:
-    """Targets, as shares of the parent and as parameters."""
-    if shape is None or targets is None:
-        rows = [[name, _asked(budget.params)] for name, budget in config.budgets.items()]
+def _budgets(config: RunConfig, targets: dict[str, Target] | None) -> list[str]:
+    """Targets, as shares of the parent and in their units."""
+    if targets is None:
+        rows = [[name, _asked(budget)] for name, budget in config.budgets.items()]
         return _row("budgets", *table(("name", "target"), rows))
-    full = parameters(shape, Architecture.full(shape))
-    rows = [[name, f"{target:,}", f"{target / full:.1%}"] for name, target in targets.items()]
-    return _row("budgets", *table(("name", "parameters", "of the parent"), rows))
+    rows = [
+        [name if goal is target.goals[0] else "", str(goal), f"{goal.share:.1%}"]
+        for name, target in targets.items()
+        for goal in target.goals
+    ]
+    return _row("budgets", *table(("name", "target", "of the parent"), rows))
 
 
-def _asked(params: float | None) -> str:
+def _asked(budget: BudgetConfig) -> str:
     """A target before the parent's size is known."""
-    if params is None:
-        return "a given member"
-    return f"{params:.1%} of the parent" if params <= 1 else f"{round(params):,}"
+    shown = [
+        f"{value:.1%} of the parent's {unit}" if value <= 1 else f"{round(value):,} {unit}"
+        for unit, value in budget.asked.items()
+    ]
+    return ", ".join(shown) or "a given member"
 
 
 def _text(config: RunConfig) -> list[str]:

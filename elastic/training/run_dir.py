@@ -75,7 +75,9 @@ def _differences(
 
 
 def _shown(value: object) -> str:
-    """A value as one writes it on the command line."""
+    """A value as one writes it on the command line; of several settings those that are set."""
+    if isinstance(value, dict):
+        value = {name: each for name, each in value.items() if each is not None}
     return value if isinstance(value, str) else json.dumps(value).replace('"', "")
 
 

@@ -10,6 +10,7 @@ from elastic.cluster.place import Place
 from elastic.config import ParentShape, RunConfig
 from elastic.data import PreparedData
 from elastic.members.architecture import Architecture, Space
+from elastic.members.goals import Target
 from elastic.parent.sealed import parent_seals
 from elastic.routing.curriculum import Stage
 from elastic.storage.seals import Seals
@@ -26,8 +27,8 @@ class Setup:
     """Checkpoint of a parent that was given; None where it is trained here."""
     shape: ParentShape
     space: Space
-    targets: dict[str, int]
-    """Parameters that each budget asks for, largest first."""
+    targets: dict[str, Target]
+    """What each budget asks for, largest first."""
     given: dict[str, Architecture]
     """The family that settings give, largest first; empty where the router decides."""
     data: PreparedData

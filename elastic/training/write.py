@@ -128,9 +128,14 @@ def _hub_id(path: str | None) -> str | None:
     return None if path is None or Path(path).is_dir() else path
 
 
-def _target(budget: BudgetConfig, choice: Choice) -> dict[str, float]:
-    """What was asked for; the member's own size where only that was given."""
-    return {"params": choice.params if budget.params is None else budget.params}
+def _target(budget: BudgetConfig, choice: Choice) -> dict[str, float | str]:
+    """What was asked for, and what it was counted with; the member's own size where only that was
+    given."""
+    asked = budget.asked
+    if not asked:
+        return {"params": choice.params}
+    read = {key: getattr(budget, key) for key in ("weight_dtype", "context", "batch")}
+    return asked | {key: value for key, value in read.items() if value is not None}
 
 
 def write_elastic(

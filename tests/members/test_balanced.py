@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+from helpers.goals import in_params
 from helpers.spaces import SHAPE, space_of
 from helpers.strategies import NANO_12B
 
@@ -11,6 +12,7 @@ from elastic.config import AXES, ImportanceConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family, common_factor
 from elastic.members.cost import parameters
+from elastic.members.goals import Goal, Target
 from elastic.members.search import Choice, Unreachable
 from elastic.members.targets import stand_in_drop_order
 
@@ -25,9 +27,13 @@ ORDER = stand_in_drop_order(SPACE, ImportanceConfig())
 FULL = parameters(SHAPE, Architecture.full(SHAPE))
 
 
+def goal(count: int) -> Goal:
+    return Target.params(SHAPE, count).goals[0]
+
+
 def unbalance(space: Space, target: int, choice: Choice) -> float:
     """Squared distances from the common factor, over all axes and decisions."""
-    factor = common_factor(space, target)
+    factor = common_factor(space, goal(target))
     return sum(
         (space.choices[axis][index] / space.choices[axis][0] - factor) ** 2
         for axis, indices in choice.selection.items()
@@ -66,7 +72,7 @@ def test_no_family_within_tolerance_is_more_balanced(shares: Sequence[float], ne
         ]
         return min(sums, default=float("inf"))
 
-    chosen = balanced_family(SPACE, ORDER, targets, 0.05, nested)
+    chosen = balanced_family(SPACE, ORDER, in_params(SHAPE, targets), 0.05, nested)
     assert list(chosen) == names
     found = sum(unbalance(SPACE, targets[name], choice) for name, choice in chosen.items())
     assert found == pytest.approx(best(0, None))
@@ -77,14 +83,14 @@ def test_no_family_within_tolerance_is_more_balanced(shares: Sequence[float], ne
 
 def test_an_unreachable_target_is_named() -> None:
     with pytest.raises(Unreachable, match=r"budgets\.tiny"):
-        balanced_family(SPACE, ORDER, {"tiny": 10}, 0.01, True)
+        balanced_family(SPACE, ORDER, in_params(SHAPE, {"tiny": 10}), 0.01, True)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.7, 0.3])
 def test_the_common_factor_meets_the_target_on_the_elastic_axes_alone(share: float) -> None:
     """Hidden size alone: a member of that size has as many parameters."""
     space = space_of(hidden=list(range(16, 0, -1)))
-    factor = common_factor(space, round(share * FULL))
+    factor = common_factor(space, goal(round(share * FULL)))
     below, above = (
         parameters(SHAPE, Architecture(hidden, Architecture.full(SHAPE).layers))
         for hidden in (int(16 * factor - 1e-9), min(16, int(16 * factor) + 1))
@@ -93,7 +99,7 @@ def test_the_common_factor_meets_the_target_on_the_elastic_axes_alone(share: flo
 
 
 def test_what_no_size_reaches_has_the_smallest_factor() -> None:
-    assert common_factor(space_of(ffn=[32, 16]), 1) == pytest.approx(0, abs=1e-9)
+    assert common_factor(space_of(ffn=[32, 16]), goal(1)) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_family_of_the_12b_shrinks_on_every_elastic_axis() -> None:
@@ -108,7 +114,7 @@ def test_a_family_of_the_12b_shrinks_on_every_elastic_axis() -> None:
     space = Space.build(config, NANO_12B)
     targets = {"12b": 12_310_001_152, "9b": 9_000_000_000, "6b": 6_000_000_000}
     order = stand_in_drop_order(space, ImportanceConfig())
-    small = balanced_family(space, order, targets, 0.01, True)["6b"]
+    small = balanced_family(space, order, in_params(NANO_12B, targets), 0.01, True)["6b"]
     assert abs(small.params - targets["6b"]) <= 0.01 * targets["6b"]
     full = Architecture.full(NANO_12B)
     assert small.architecture.hidden_size < full.hidden_size

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
+from helpers.goals import in_params
 from helpers.spaces import FULL, SHAPE, selection, space_of
 from helpers.strategies import NANO_12B
 
@@ -151,9 +152,9 @@ def test_a_homogeneous_family_is_the_most_probable_one(seed: int, nested: bool) 
     search = Search(space, DROP, 0.03)
     if expected is None:
         with pytest.raises(ConfigError):
-            search.family(targets, logs, nested)
+            search.family(in_params(SHAPE, targets), logs, nested)
         return
-    family = search.family(targets, logs, nested)
+    family = search.family(in_params(SHAPE, targets), logs, nested)
     assert_family(space, targets, family, nested)
     assert total(logs, family) == pytest.approx(expected, abs=1e-9)
 
@@ -183,8 +184,8 @@ def test_nesting_gives_up_the_best_small_member_for_the_best_pair() -> None:
         logs[name]["ffn"] = np.log(np.array([[0.01, 0.01, 0.01]]))
         logs[name]["ffn"][0, likes] = np.log(0.98)
     search = Search(space, DROP, 0.2)
-    free = search.family(targets, logs, False)
-    nested = search.family(targets, logs, True)
+    free = search.family(in_params(SHAPE, targets), logs, False)
+    nested = search.family(in_params(SHAPE, targets), logs, True)
     assert not free["small"].architecture.is_within(free["medium"].architecture)
     assert nested["small"].architecture.is_within(nested["medium"].architecture)
     assert total(logs, nested) == pytest.approx(brute_force(members, targets, logs, 0.2, True))
@@ -195,14 +196,18 @@ def test_a_choice_is_not_the_bare_argmax() -> None:
     space = space_of(hidden=[16, 12, 8], ffn=[32, 20, 8])
     logs = {"small": {axis: np.log([[0.9, 0.06, 0.04]]) for axis in ("hidden", "ffn")}}
     target = parameters(SHAPE, space.architecture(selection(space, hidden=1, ffn=1), DROP))
-    choice = Search(space, DROP, 0.01).family({"small": target}, logs, True)["small"]
+    choice = Search(space, DROP, 0.01).family(in_params(SHAPE, {"small": target}), logs, True)[
+        "small"
+    ]
     assert choice.params == target and choice.architecture.hidden_size == 12
 
 
 def test_an_axis_without_probabilities_counts_as_flat() -> None:
     space = space_of(hidden=[16, 12], ffn=[32, 20])
     target = parameters(SHAPE, space.architecture(selection(space, hidden=1, ffn=1), DROP))
-    family = Search(space, DROP, 0.01).family({"small": target}, {"small": {}}, True)
+    family = Search(space, DROP, 0.01).family(
+        in_params(SHAPE, {"small": target}), {"small": {}}, True
+    )
     assert family["small"].params == target
 
 
@@ -214,7 +219,9 @@ def test_the_full_budget_is_the_parent_however_improbable(heterogeneous: list[st
     for axis in ("hidden", "ffn", "mamba_heads", "depth"):
         never = np.tile(np.log([[1e-9, 1 - 1e-9]]), (space.decisions(axis), 1))
         logs["full"][axis] = logs["small"][axis] = never
-    family = Search(space, DROP, 0.2).family({"full": full, "small": full - 1}, logs, True)
+    family = Search(space, DROP, 0.2).family(
+        in_params(SHAPE, {"full": full, "small": full - 1}), logs, True
+    )
     assert family["full"].architecture == Architecture.full(SHAPE)
     assert family["full"].params == full
     assert family["small"].architecture != Architecture.full(SHAPE)
@@ -248,7 +255,7 @@ def test_a_single_budget_gets_the_most_probable_layers(name: str, seed: int) -> 
         alone = {budget: targets[budget]}
         expected = brute_force(members, alone, logs, 0.03, True)
         assert expected is not None
-        family = search.family(alone, logs, True)
+        family = search.family(in_params(SHAPE, alone), logs, True)
         assert_family(space, alone, family, True)
         assert total(logs, family) == pytest.approx(expected, abs=1e-9)
 
@@ -263,7 +270,9 @@ def test_the_layers_can_outweigh_the_other_axes() -> None:
     target, members = 7637, everything(space)
     widths = {m.architecture.hidden_size for m in allowed(members, target, 0.022, FULL)}
     assert widths == {16, 15, 13}
-    choice = Search(space, DROP, 0.022).family({"small": target}, logs, True)["small"]
+    choice = Search(space, DROP, 0.022).family(in_params(SHAPE, {"small": target}), logs, True)[
+        "small"
+    ]
     assert choice.selection["hidden"] == (2,) and choice.selection["ffn"] == (0, 0)
     expected = brute_force(members, {"small": target}, logs, 0.022, True)
     assert score(logs["small"], choice.selection) == pytest.approx(expected)
@@ -278,14 +287,14 @@ def test_a_heterogeneous_family_is_nested_on_every_layer(name: str, seed: int) -
     targets = some_targets(members, seed)
     logs = random_logs(space, list(targets), seed)
     search = Search(space, DROP, 0.03)
-    free = search.family(targets, logs, False)
+    free = search.family(in_params(SHAPE, targets), logs, False)
     assert_family(space, targets, free, False)
     separate = sum(
         brute_force(members, {n: t}, logs, 0.03, True) or 0.0 for n, t in targets.items()
     )
     assert total(logs, free) == pytest.approx(separate, abs=1e-9)
     try:
-        nested = search.family(targets, logs, True)
+        nested = search.family(in_params(SHAPE, targets), logs, True)
     except ConfigError:
         assert brute_force(members, targets, logs, 0.03, True) is None
         return
@@ -303,9 +312,9 @@ def test_a_nested_family_that_exists_is_found_with_heterogeneous_axes() -> None:
     targets = {"full": 9044, "medium": 8020, "small": 5232}
     flat: Logs = {name: {} for name in targets}
     search = Search(space, DROP, 0.02)
-    search.family(targets, flat, True)  # what a run checks before it starts
+    search.family(in_params(SHAPE, targets), flat, True)  # what a run checks before it starts
     for seed in range(200):
-        search.family(targets, random_logs(space, list(targets), seed), True)
+        search.family(in_params(SHAPE, targets), random_logs(space, list(targets), seed), True)
 
 
 # What cannot be reached
@@ -326,7 +335,9 @@ def test_an_unreachable_target_names_the_closest_sizes(name: str) -> None:
     targets = [sizes[0] // 2, *((low + high) // 2 for low, high in gaps[:4])]
     for target in targets:
         with pytest.raises(ConfigError) as error:
-            Search(space, DROP, 1e-6).family({"small": target}, {"small": {}}, True)
+            Search(space, DROP, 1e-6).family(
+                in_params(SHAPE, {"small": target}), {"small": {}}, True
+            )
         assert str(error.value) == (
             f"budgets.small: no combination of space is within 0.0% of {target:,} parameters; "
             f"the closest reachable are {closest(sizes, target)}"
@@ -342,9 +353,9 @@ def test_a_budget_that_only_fails_inside_the_larger_one_says_so() -> None:
     targets = {"medium": max(narrow, thin), "small": min(narrow, thin)}
     search = Search(space, DROP, 0.01)
     flat: Logs = {name: {} for name in targets}
-    search.family(targets, flat, False)
+    search.family(in_params(SHAPE, targets), flat, False)
     with pytest.raises(ConfigError, match=r"^budgets\.small: .*, nested$") as error:
-        search.family(targets, flat, True)
+        search.family(in_params(SHAPE, targets), flat, True)
     outer = next(m for m in members if m.params == targets["medium"])
     inside = [m.params for m in members if m.architecture.is_within(outer.architecture)]
     assert f"reachable are {closest(inside, targets['small'])}, nested" in str(error.value)
@@ -378,7 +389,7 @@ def test_the_12b_family_is_decided_in_seconds(
     search = Search(space, order, 0.01)
     fill, calls = search._fill_layers, itertools.count()
     monkeypatch.setattr(search, "_fill_layers", lambda *a: (next(calls), fill(*a))[1])
-    family = search.family(targets, logs, True)
+    family = search.family(in_params(NANO_12B, targets), logs, True)
     assert next(calls) < 5_000, "combinations that were looked at"
     assert family["12b"].architecture == Architecture.full(NANO_12B)
     for outer, inner in itertools.pairwise(family.values()):

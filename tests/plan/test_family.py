@@ -1,10 +1,12 @@
 """Which members a plan shows, and what it says of them."""
 
+from helpers.goals import in_params
 from helpers.spaces import SHAPE, selection, space_of
 
 from elastic.config import AXES, ImportanceConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import conv_state_bytes, kv_cache_bytes, parameters, ssm_state_bytes
+from elastic.members.goals import PARAMS, Measure
 from elastic.members.targets import stand_in_drop_order
 from elastic.plan.family import (
     Candidate,
@@ -41,7 +43,9 @@ def test_every_candidate_has_the_size_of_its_member() -> None:
     for candidate in found:
         member = member_of(SPACE, candidate)
         member.check(SHAPE)
-        assert candidate.params == parameters(SHAPE, member)
+        assert candidate.cost(PARAMS, SHAPE) == parameters(SHAPE, member)
+        cache = Measure("cache_bytes", context=9)
+        assert candidate.cost(cache, SHAPE) == cache.exact(SHAPE, member)
 
 
 def test_heterogeneous_axes_are_counted_alike_in_all_layers() -> None:
@@ -52,9 +56,13 @@ def test_heterogeneous_axes_are_counted_alike_in_all_layers() -> None:
 def test_within_tolerance_is_what_a_filter_leaves() -> None:
     full = parameters(SHAPE, Architecture.full(SHAPE))
     targets = {"full": full, "half": full // 2}
-    found = within_tolerance(SPACE, ORDER, targets, 0.03)
-    assert [c.params for c in found["full"]] == [full]
-    near = [c for c in candidates(SPACE, ORDER) if abs(c.params - full // 2) <= 0.03 * (full // 2)]
+    found = within_tolerance(SPACE, ORDER, in_params(SHAPE, targets), 0.03)
+    assert [c.cost(PARAMS, SHAPE) for c in found["full"]] == [full]
+    near = [
+        c
+        for c in candidates(SPACE, ORDER)
+        if abs(c.cost(PARAMS, SHAPE) - full // 2) <= 0.03 * (full // 2)
+    ]
     assert near and set(found["half"]) == set(near)
 
 
@@ -68,7 +76,7 @@ def test_sizes_that_differ_between_layers_are_a_range() -> None:
 
 def test_ranges_span_all_members() -> None:
     full = parameters(SHAPE, Architecture.full(SHAPE))
-    (found,) = within_tolerance(SPACE, ORDER, {"half": full // 2}, 0.03).values()
+    (found,) = within_tolerance(SPACE, ORDER, in_params(SHAPE, {"half": full // 2}), 0.03).values()
     ranges = ranges_of(SPACE, found)
     assert set(ranges) == set(SPACE.elastic_axes)
     for axis, span in ranges.items():
@@ -77,7 +85,7 @@ def test_ranges_span_all_members() -> None:
 
 
 def test_unreachable_targets_have_no_member() -> None:
-    assert within_tolerance(SPACE, ORDER, {"tiny": 10}, 0.01) == {"tiny": []}
+    assert within_tolerance(SPACE, ORDER, in_params(SHAPE, {"tiny": 10}), 0.01) == {"tiny": []}
 
 
 def test_speeds_are_ratios_to_the_parent() -> None:

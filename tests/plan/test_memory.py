@@ -143,7 +143,7 @@ def test_the_router_is_exact() -> None:
     space = Space.build(
         dataclasses.replace(config.space, heterogeneous=["ffn"]), config.parent.shape
     )
-    learned = smaller_budgets(space.shape, targets_of(config.budgets, space.shape))
+    learned = smaller_budgets(targets_of(config.budgets, space.shape))
     router = Router(space, len(learned), config.router, torch.Generator())
     weights = list(router.parameters())
     for weight in weights:

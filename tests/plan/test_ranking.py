@@ -25,7 +25,7 @@ from elastic.importance.collect import collect
 from elastic.importance.depth import rank_layers
 from elastic.importance.passes import make_ready
 from elastic.members.architecture import Architecture, Space
-from elastic.members.cost import layer_flops
+from elastic.members.cost import layer_flops, layer_size
 from elastic.parent import HybridParent
 from elastic.plan import ranking
 from elastic.plan.ranking import RankingMemory, ranking_memory, ranking_work
@@ -86,7 +86,7 @@ def test_flops_are_those_of_every_layer_that_runs() -> None:
         def count(_m: Any, inputs: tuple, _o: Any, layer: Any = layer, i: int = index) -> None:
             nonlocal counted
             rows, length, width = inputs[0].shape
-            counted += rows * length * layer_flops(MIXED, width, layer, length)
+            counted += rows * length * layer_flops(MIXED, width, layer_size(layer), length)
 
         parent.backbone.layers[index].register_forward_hook(count)
     order = ranked(parent, config.importance)

@@ -4,6 +4,8 @@ import itertools
 import math
 
 import pytest
+from helpers.goals import in_params
+from helpers.spaces import FULL, SHAPE
 from helpers.stages import BUDGETS, only, stage
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,7 +144,7 @@ def test_progress_only_ever_grows(sizes: list[tuple[int, int]], pretrain: int) -
 
 # Checks
 
-TARGETS = {"full": 100, "medium": 70, "small": 40}
+TARGETS = {"full": FULL, "medium": 700, "small": 400}
 
 
 def refused(
@@ -151,7 +153,7 @@ def refused(
     """The line with which a stage is refused, if it is."""
     stages = {"learn": stage(mode="pretrain"), "last": stage(**fields)}
     try:
-        check_budgets(stages, targets, 100, in_place)
+        check_budgets(stages, in_params(SHAPE, targets), in_place)
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -161,12 +163,12 @@ def refused(
 def test_the_teacher_in_place_is_the_whole_parent() -> None:
     for mode in ("all", "sandwich"):
         assert refused(budgets_per_batch=mode) is None
-        line = refused({"medium": 70, "small": 40, "tiny": 30}, budgets_per_batch=mode)
+        line = refused({"medium": 700, "small": 400, "tiny": 300}, budgets_per_batch=mode)
         assert line == (
-            "objective.teacher=in_place: must be replicated unless one budget is the whole parent, "
-            "100 parameters; budgets.medium has 70"
+            "objective.teacher=in_place: must be replicated unless one budget is the whole parent; "
+            "budgets.medium asks for 700 parameters"
         )
-    assert refused({"medium": 70, "small": 40}, in_place=False, budgets_per_batch="all") is None
+    assert refused({"medium": 700, "small": 400}, in_place=False, budgets_per_batch="all") is None
 
 
 def test_the_teacher_in_place_is_in_every_batch() -> None:

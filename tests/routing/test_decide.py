@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from helpers.goals import in_params
 from helpers.routers import members
 from helpers.strategies import tiny_shape
 from hypothesis import given
@@ -32,7 +33,8 @@ AXES = SpaceConfig(
     nested=True,
 )
 FULL = parameters(SHAPE, Architecture.full(SHAPE))
-TARGETS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+COUNTS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+TARGETS = in_params(SHAPE, COUNTS)
 
 
 def family(candidates: int = 8, nested: bool = True) -> Family:
@@ -70,7 +72,7 @@ def test_candidates_meet_their_targets_and_the_best_nested_family_is_frozen() ->
     assert not one.freeze_if_due(0.4, compare) and not seen
     assert one.freeze_if_due(0.5, compare) and one.frozen is not None
     for name, choices in seen.items():  # no more than eight in this space: all there are
-        assert {choice.architecture for choice in choices} == within_tolerance(one, TARGETS[name])
+        assert {choice.architecture for choice in choices} == within_tolerance(one, COUNTS[name])
     losses = by_index(seen)
     legal = [
         sum(losses[name][index] for name, index in zip(seen, picks, strict=True))
@@ -86,7 +88,7 @@ def test_candidates_meet_their_targets_and_the_best_nested_family_is_frozen() ->
     assert math.isclose(picked, min(legal))
     for name, choices in seen.items():
         for choice in choices:
-            assert abs(choice.params / TARGETS[name] - 1) <= 0.01
+            assert abs(choice.params / COUNTS[name] - 1) <= 0.01
         assert len({choice.architecture for choice in choices}) == len(choices)
 
 
@@ -123,7 +125,7 @@ def test_the_routers_own_choice_is_kept_beside_what_is_frozen() -> None:
     sizes = {axis: one.space.choices[axis][int(v[0].argmax())] for axis, v in probabilities.items()}
     assert decision.router_choice.hidden_size == sizes["hidden"]
     assert len(decision.router_choice.layers) == sizes["depth"]
-    assert decision.router_params > 1.5 * TARGETS["small"]
+    assert decision.router_params > 1.5 * COUNTS["small"]
     picks = one.frozen["small"].selection
     expected = sum(float(v[0, picks[axis][0]]) for axis, v in probabilities.items())
     assert math.isclose(decision.log_probability, expected)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.goals import expected_cost, in_params
 from helpers.routers import members
 from helpers.strategies import tiny_shape
 
 from elastic.config import ConfigError, ObjectiveConfig, RouterConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
+from elastic.members.goals import Goal, Measure, Target
 from elastic.members.search import Unreachable
 from elastic.parent import Keep
 from elastic.routing.family import Draw, Family
@@ -21,7 +23,8 @@ from elastic.routing.router import Router
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 WHOLE = Architecture.full(SHAPE)
 FULL = parameters(SHAPE, WHOLE)
-TARGETS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+COUNTS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+TARGETS = in_params(SHAPE, COUNTS)
 LEARNED = ["medium", "small"]
 """Budgets that the router chooses for; the full one is the whole parent."""
 CHOICES: dict[str, list[int]] = {
@@ -35,14 +38,15 @@ CHOICES: dict[str, list[int]] = {
 def family_of(seed: int = 0, layered: tuple[str, ...] = (), **fields: Any) -> Family:
     """A family as a rank builds it, from seeds and settings alone."""
     nested = fields.pop("nested", True)
-    tolerance = fields.pop("tolerance", 0.02)
+    tolerance, goals = fields.pop("tolerance", 0.02), fields.pop("goals", 1)
+    targets = fields.pop("targets", TARGETS)
     space_config = SpaceConfig(
         heterogeneous=list(layered), nested=nested, tolerance=tolerance, **CHOICES
     )
     space = Space.build(space_config, SHAPE)
     config = RouterConfig(**({"freeze_at": 0.5} | fields))
-    router = Router(space, len(LEARNED), config, torch.Generator().manual_seed(seed))
-    return Family(space, (1,), TARGETS, router, config, space_config, ObjectiveConfig())
+    router = Router(space, len(LEARNED), config, torch.Generator().manual_seed(seed), goals)
+    return Family(space, (1,), targets, router, config, space_config, ObjectiveConfig())
 
 
 def unsettle(family: Family, seed: int, size: float = 3.0) -> Family:
@@ -165,7 +169,7 @@ def test_choices_are_nested_and_within_tolerance(seed: int) -> None:
     choices = family.choices(0.3)
     assert list(choices) == family.names == list(TARGETS)
     for name, choice in choices.items():
-        assert abs(choice.params - TARGETS[name]) <= 0.02 * TARGETS[name]
+        assert abs(choice.params - COUNTS[name]) <= 0.02 * COUNTS[name]
         assert choice.params == parameters(SHAPE, choice.architecture)
         choice.architecture.check(SHAPE)
     assert choices["full"].architecture == WHOLE
@@ -185,7 +189,7 @@ def test_without_nesting_each_budget_gets_its_own_best() -> None:
         choices = unsettle(family_of(nested=False), seed, size=30.0).choices(0.3)
         crossed += not choices["small"].architecture.is_within(choices["medium"].architecture)
         for name, choice in choices.items():
-            assert abs(choice.params - TARGETS[name]) <= 0.02 * TARGETS[name]
+            assert abs(choice.params - COUNTS[name]) <= 0.02 * COUNTS[name]
     assert crossed > 0
 
 
@@ -307,13 +311,42 @@ def test_a_price_follows_the_noise_free_size_of_a_budget_that_was_drawn() -> Non
     assert any(not torch.equal(a, b) for a, b in zip(masks(one), masks(two), strict=True))
     assert one.figures["expected_params"] == two.figures["expected_params"]
     family.stepped(False)
-    assert family.router.multipliers.tolist() == [0.0, 0.0]
+    assert family.router.multipliers.tolist() == [[0.0], [0.0]]
     family.draw("small", 0.0, 3)
     family.stepped(True)
-    medium, small = family.router.multipliers.tolist()
+    medium, small = family.router.multipliers.flatten().tolist()
     assert medium == 0.0 and small == pytest.approx(0.3 * 0.1), "far too large at the start"
     family.stepped(True)
-    assert family.router.multipliers.tolist() == [medium, small], "nothing was drawn since"
+    assert family.router.multipliers.flatten().tolist() == [medium, small], "nothing drawn"
+
+
+def test_every_goal_of_a_budget_has_its_price() -> None:
+    """Medium asks for parameters alone, small for its parameters and a larger cache too."""
+    cache = Measure("cache_bytes", context=20)
+    whole = cache.exact(SHAPE, WHOLE)
+    small = Target(SHAPE, (*TARGETS["small"].goals, Goal(cache, round(0.6 * whole), whole)))
+    family = family_of(
+        hard_probability=0.0, tolerance=0.1, targets=TARGETS | {"small": small}, goals=2
+    )
+    router = family.router
+    assert isinstance(router, Router)
+    drawn = [family.draw(budget, 0.0, 3) for budget in LEARNED][1]
+    even = {axis: torch.softmax(v.detach(), -1) for axis, v in router(1, 1.0).items()}
+    excess = [
+        float(expected_cost(family.space, (1,), even, goal.measure)) / goal.value - 1
+        for goal in small.goals
+    ]
+    assert float(drawn.terms["budget"]) == pytest.approx(max(map(abs, excess)), rel=1e-5)
+    weight = ObjectiveConfig().budget_weight
+    paid = sum(weight / 2 * each**2 for each in excess)
+    assert float(drawn.terms["total"]) == pytest.approx(paid, rel=1e-5)
+    family.stepped(True)
+    (one, unused), prices = router.multipliers.tolist()
+    rate = ObjectiveConfig().budget_rate
+    assert one > 0 and unused == 0.0
+    assert prices == pytest.approx([rate * min(0.1, each) for each in excess], rel=1e-4)
+    chosen = family.choices(0.3)["small"]
+    assert abs(small.off(chosen.architecture)) <= 0.1
 
 
 # Checkpoints
@@ -380,7 +413,7 @@ def test_a_search_that_fails_half_way_falls_back_to_a_legal_family(
     family = family_of()
 
     def fail(*args: object) -> None:
-        raise Unreachable("small", 1, (0, 2), 0.01, True)
+        raise Unreachable("small", TARGETS["small"], [(2,)], 0.01, True)
 
     monkeypatch.setattr(family.search, "family", fail)
     assert family.freeze_if_due(1.0)
@@ -393,4 +426,4 @@ def assert_legal(choices: dict) -> None:
     for outer, inner in itertools.pairwise(choices.values()):
         assert inner.architecture.is_within(outer.architecture)
     for name, choice in choices.items():
-        assert abs(choice.params / TARGETS[name] - 1) <= 0.02
+        assert abs(choice.params / COUNTS[name] - 1) <= 0.02

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.goals import expected_cost
 from helpers.routers import DROP, SPACE, generator, router_of
 from helpers.spaces import FULL, space_of
 
@@ -10,7 +11,6 @@ from elastic.losses import next_multiplier, router_terms
 from elastic.routing.curriculum import draw_seed
 from elastic.routing.router import (
     RouterOptimizer,
-    expected_parameters,
     sample,
     schedule,
 )
@@ -30,7 +30,7 @@ def test_the_budget_loss_pushes_towards_its_target(
     decisions, choices = SPACE.decisions(axis), len(SPACE.choices[axis])
     logits = torch.zeros(1, decisions, choices, requires_grad=True)
     distributions = {axis: torch.softmax(logits, -1)}
-    expected = expected_parameters(SPACE, DROP, distributions)
+    expected = expected_cost(SPACE, DROP, distributions)
     price = torch.zeros(())
     router_terms(expected, target * expected.item(), price, OBJECTIVE)[0]["total"].backward()
     assert logits.grad is not None
@@ -41,7 +41,7 @@ def test_the_budget_loss_pushes_towards_its_target(
 
 def test_the_gradient_of_the_budget_reaches_every_weight_of_the_router() -> None:
     router = router_of()
-    expected = expected_parameters(SPACE, DROP, sample(router(1, 1.0), 1.0, generator()))
+    expected = expected_cost(SPACE, DROP, sample(router(1, 1.0), 1.0, generator()))
     router_terms(expected, FULL / 2, torch.zeros(()), OBJECTIVE)[0]["total"].backward()
     for name, weight in router.budgets[1].named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
@@ -71,11 +71,11 @@ def learn(
         for budget, target in enumerate(targets):
             logits = router(budget, now.scale)
             noise = generator(draw_seed(seed, "router", 0, step, budget))
-            drawn = expected_parameters(space, DROP, sample(logits, now.temperature, noise))
+            drawn = expected_cost(space, DROP, sample(logits, now.temperature, noise))
             even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
             price = router.multipliers[budget]
             terms, excess = router_terms(
-                expected_parameters(space, DROP, even), target, price.clone(), objective
+                expected_cost(space, DROP, even), target, price.clone(), objective
             )
             (terms["total"] - slope * drawn.mean() / target).backward()
             price.copy_(next_multiplier(price, excess, objective))
@@ -84,7 +84,7 @@ def learn(
     for budget, target in enumerate(targets):
         logits = router(budget, config.scale_end)
         even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
-        off.append(expected_parameters(space, DROP, even).item() / target - 1)
+        off.append(expected_cost(space, DROP, even).item() / target - 1)
     return off
 
 

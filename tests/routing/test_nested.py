@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.goals import in_params
 from helpers.routers import generator, members
 from helpers.strategies import tiny_shape
 
@@ -20,7 +21,8 @@ from elastic.routing.router import RouterOptimizer
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 FULL = parameters(SHAPE, Architecture.full(SHAPE))
-TARGETS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+COUNTS = {"full": FULL, "medium": round(0.75 * FULL), "small": round(0.5 * FULL)}
+TARGETS = in_params(SHAPE, COUNTS)
 AXES: dict[str, list[int]] = {
     "hidden": [16, 15, 14, 13, 12, 11, 10, 9, 8],
     "ffn": [32, 28, 24, 20, 16],
@@ -47,7 +49,7 @@ def family_of(seed: int = 0, layered: tuple[str, ...] = (), **fields: float) -> 
 def test_every_family_that_meets_the_budgets_is_listed_once(nested: bool) -> None:
     search, families = families_of(nested)
     every = []
-    for name, target in TARGETS.items():
+    for name, target in COUNTS.items():
         ranges = [range(len(choices)) for choices in search.space.choices.values()]
         choices = (
             search.choice({a: (i,) for a, i in zip(search.space.choices, taken, strict=True)})
@@ -173,4 +175,4 @@ def test_entropy_and_size_are_of_the_distribution() -> None:
     family = family_of()
     figures = family.draw("small", 0.0, 0).figures
     assert 0.5 < float(figures["entropy"]) <= 1.0
-    assert math.isclose(float(figures["expected_params"]), TARGETS["small"], rel_tol=0.02)
+    assert math.isclose(float(figures["expected_params"]), COUNTS["small"], rel_tol=0.02)

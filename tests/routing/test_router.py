@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.goals import expected_cost
 from helpers.routers import DROP, SPACE, generator, router_of
 from helpers.spaces import FULL, SHAPE, space_of
 from helpers.strategies import selections, shapes, spaces
@@ -20,11 +21,11 @@ from torch import Tensor
 from elastic.config import OptimConfig, RouterConfig
 from elastic.members.architecture import Selection, Space
 from elastic.members.cost import parameters
+from elastic.members.goals import PARAMS, Measure
 from elastic.routing.router import (
     RouterOptimizer,
     Schedule,
     entropy,
-    expected_parameters,
     sample,
     schedule,
 )
@@ -126,7 +127,7 @@ def test_a_budget_that_was_not_drawn_does_not_move() -> None:
     def step(*budgets: int) -> list[dict[str, Tensor]]:
         for budget in budgets:
             drawn = sample(router(budget, 1.0), 1.0, generator())
-            expected_parameters(SPACE, DROP, drawn).sum().backward()
+            expected_cost(SPACE, DROP, drawn).sum().backward()
         optimizer.step(1e-2)
         return [router(budget, 1.0) for budget in range(3)]
 
@@ -138,9 +139,9 @@ def test_a_budget_that_was_not_drawn_does_not_move() -> None:
 
 def test_multipliers_are_in_a_checkpoint_and_not_among_the_weights() -> None:
     one, other = router_of(), router_of()
-    one.multipliers.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    one.multipliers.copy_(torch.tensor([[0.5], [-1.0], [2.0]]))
     RouterOptimizer(other, OptimConfig()).load_state(RouterOptimizer(one, OptimConfig()).state())
-    assert other.multipliers.tolist() == [0.5, -1.0, 2.0]
+    assert other.multipliers.tolist() == [[0.5], [-1.0], [2.0]]
     assert "multipliers" not in one.state_dict()
 
 
@@ -267,7 +268,7 @@ def test_expected_parameters_of_a_choice_are_its_exact_count(data: st.DataObject
     selection = data.draw(selections(space))
     drop_order = data.draw(st.permutations(range(len(shape.pattern))))[: space.max_dropped]
     member = space.architecture(selection, tuple(drop_order))
-    expected = expected_parameters(space, drop_order, one_hots(space, selection))
+    expected = expected_cost(space, drop_order, one_hots(space, selection))
     assert expected.flatten().tolist() == [parameters(shape, member)]
 
 
@@ -277,12 +278,21 @@ def test_expected_parameters_of_a_batch_are_those_of_each() -> None:
         for i in (0, 1)
     )
     both = {axis: torch.cat([one[axis], two[axis]]) for axis in one}
-    expected = [expected_parameters(SPACE, DROP, part).item() for part in (one, two)]
-    assert expected_parameters(SPACE, DROP, both).tolist() == expected
+    expected = [expected_cost(SPACE, DROP, part).item() for part in (one, two)]
+    assert expected_cost(SPACE, DROP, both).tolist() == expected
+
+
+MEASURES = [
+    PARAMS,
+    Measure("active_params"),
+    Measure("weight_bytes", "float32"),
+    Measure("cache_bytes", context=40, batch=3),
+    Measure("flops", context=40),
+]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_expected_parameters_are_the_expectation_over_all_members(seed: int) -> None:
+def test_expected_costs_are_expectations_over_all_members(seed: int) -> None:
     source = generator(seed)
     distributions = {
         axis: torch.softmax(
@@ -293,7 +303,7 @@ def test_expected_parameters_are_the_expectation_over_all_members(seed: int) -> 
         for axis in SPACE.elastic_axes
     }  # fmt: skip
     decisions = [(axis, i) for axis in SPACE.elastic_axes for i in range(SPACE.decisions(axis))]
-    total, mass = 0.0, 0.0
+    totals, mass = [0.0] * len(MEASURES), 0.0
     ranges = [range(len(SPACE.choices[axis])) for axis, _ in decisions]
     for taken in itertools.product(*ranges):
         probability = math.prod(
@@ -304,15 +314,18 @@ def test_expected_parameters_are_the_expectation_over_all_members(seed: int) -> 
         for (axis, _), index in zip(decisions, taken, strict=True):
             selection[axis] += (index,)
         selection |= {axis: (0,) for axis in SPACE.choices if axis not in selection}
-        total += probability * parameters(SHAPE, SPACE.architecture(selection, DROP))
+        member = SPACE.architecture(selection, DROP)
+        for position, measure in enumerate(MEASURES):
+            totals[position] += probability * measure.exact(SHAPE, member)
         mass += probability
     assert mass == pytest.approx(1)
-    expected = expected_parameters(SPACE, DROP, distributions).item()
-    assert expected == pytest.approx(total, rel=1e-12)
+    for measure, total in zip(MEASURES, totals, strict=True):
+        expected = expected_cost(SPACE, DROP, distributions, measure).item()
+        assert expected == pytest.approx(total, rel=1e-12), measure
 
 
 def test_nothing_elastic_costs_the_parent() -> None:
-    assert expected_parameters(space_of(), (), {}).item() == FULL
+    assert expected_cost(space_of(), (), {}).item() == FULL
 
 
 # Entropy

@@ -41,7 +41,7 @@ def check(
 
 def test_what_fits_is_worked_out() -> None:
     sizes = check({"small": 0.6, "full": 1.0}, depth=[5, 4])
-    assert list(sizes.targets) == ["full", "small"] and sizes.targets["full"] == FULL
+    assert list(sizes.targets) == ["full", "small"] and sizes.targets["full"].values == [FULL]
     assert sizes.space.choices["depth"] == (5, 4) and len(sizes.drop_order) == 1
 
 
@@ -88,10 +88,10 @@ def given(medium: object, small: object, nested: bool = True, params: float | No
 def test_given_members_are_the_family_whatever_the_space() -> None:
     sizes = given(MEDIUM.to_json(), SMALL.to_json())
     assert sizes.given == {"full": WHOLE, "medium": MEDIUM, "small": SMALL}
-    assert list(sizes.targets.values()) == [FULL, *COUNTS]
+    assert [t.values for t in sizes.targets.values()] == [[FULL], *([count] for count in COUNTS)]
     assert check({"full": 1.0}).given == {}
     asked = given(MEDIUM.to_json(), SMALL.to_json(), params=COUNTS[1] * 1.005)
-    assert asked.targets["small"] == round(COUNTS[1] * 1.005)
+    assert asked.targets["small"].values == [round(COUNTS[1] * 1.005)]
 
 
 def test_a_file_holds_a_member_alone_or_as_an_export_says_it(tmp_path: Path) -> None:

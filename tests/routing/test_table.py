@@ -1,5 +1,7 @@
 """The table of a family: exact sizes, ranges, dropped layers by name, printed once per change."""
 
+from helpers.goals import in_params
+
 from elastic.config import ParentShape, SpaceConfig
 from elastic.members.architecture import Architecture, Selection, Space
 from elastic.members.cost import parameters
@@ -41,7 +43,7 @@ def chosen(drop_order: tuple[int, ...] = (1, 3), **picks: tuple[int, ...]) -> Ch
 def test_a_budget_has_a_line_with_target_exact_size_and_distance() -> None:
     choices = {"full": chosen(), "small": chosen(hidden=(1,))}
     targets = {"full": choices["full"].params, "small": choices["small"].params // 2}
-    header, full, small = describe(SHAPE, targets, choices).splitlines()
+    header, full, small = describe(in_params(SHAPE, targets), choices).splitlines()
     assert header.split()[:3] == ["budget", "target", "parameters"]
     assert full.startswith("full") and small.startswith("small")
     assert f"{choices['small'].params:,}" in small and "+100.0" in small and "+0.00%" in full
@@ -50,13 +52,14 @@ def test_a_budget_has_a_line_with_target_exact_size_and_distance() -> None:
 
 def test_sizes_that_differ_are_a_range_not_a_mean() -> None:
     choice = chosen(ffn=(0, 2))
-    line = describe(SHAPE, {"small": choice.params}, {"small": choice}).splitlines()[1]
+    line = describe(in_params(SHAPE, {"small": choice.params}), {"small": choice}).splitlines()[1]
     assert " 16-32 " in line and " 24 " not in line
 
 
 def test_dropped_layers_are_named_by_kind_and_index() -> None:
     choices = {"full": chosen(), "medium": chosen(depth=(1,)), "small": chosen(depth=(2,))}
-    lines = describe(SHAPE, {name: c.params for name, c in choices.items()}, choices).splitlines()
+    targets = in_params(SHAPE, {name: c.params for name, c in choices.items()})
+    lines = describe(targets, choices).splitlines()
     assert lines[4:] == ["medium drops mlp 1", "small drops mlp 1, mamba 3"]
 
 
@@ -64,7 +67,7 @@ def test_a_kind_without_a_kept_layer_has_no_size() -> None:
     whole = Architecture.full(SHAPE)
     architecture = whole.without({1, 4})
     choice = Choice({}, architecture, parameters(SHAPE, architecture))
-    line = describe(SHAPE, {"small": choice.params}, {"small": choice}).splitlines()[1]
+    line = describe(in_params(SHAPE, {"small": choice.params}), {"small": choice}).splitlines()[1]
     assert line.split()[5] == "-"
 
 
@@ -99,7 +102,7 @@ def test_five_budgets_of_a_large_parent_fit_100_columns() -> None:
     architecture = space.architecture(mixed | {"depth": (1,)}, tuple(range(2, 22)))
     choice = Choice(mixed, architecture, parameters(large, architecture))
     choices = {f"budget_{i}b": choice for i in range(5)}
-    text = describe(large, {name: 9_500_000_000 for name in choices}, choices)
+    text = describe(in_params(large, {name: 9_500_000_000 for name in choices}), choices)
     assert max(map(len, text.splitlines())) <= 100
     assert "10240-20480" in text and "112-128 x 80" in text and "32-40" in text
     assert text.count("drop mamba 2") == 1, "budgets that drop the same layers share a line"

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.goals import in_params
 from helpers.strategies import random_parent, tiny_shape
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -36,7 +37,8 @@ from elastic.training.module import ElasticModule, TrainingDiverged
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
 FULL = parameters(SHAPE, Architecture.full(SHAPE))
-TARGETS = {"a": FULL, "b": round(0.85 * FULL), "c": round(0.7 * FULL), "d": round(0.5 * FULL)}
+COUNTS = {"a": FULL, "b": round(0.85 * FULL), "c": round(0.7 * FULL), "d": round(0.5 * FULL)}
+TARGETS = in_params(SHAPE, COUNTS)
 SHARES = {"a": 0.4, "b": 0.3, "c": 0.1, "d": 0.2}
 SEED, LENGTH, SEQUENCES, MICRO_BATCHES = 3, 6, 2, 2
 

@@ -65,7 +65,7 @@ def test_it_says_what_runs_on_what_for_how_long_and_where() -> None:
     ):
         assert words in text
     rows = [line.split() for line in text.splitlines()]
-    assert ["medium", "917,430", "75.0%"] in rows
+    assert ["medium", "917,430", "parameters", "75.0%"] in rows
     assert ["long", "elastic", "368.6k", "180", "1,024", "2,048", "50/30/20%"] in rows
 
 
@@ -91,8 +91,8 @@ def test_sizes_of_a_checkpoint_that_is_elsewhere_are_not_known_yet() -> None:
     text = text_of("parent=pretrained", "parent.path=some/model", "budgets.small.params=1e9")
     assert "sizes are read from some/model" in text
     rows = [line.split(maxsplit=1) for line in text.splitlines()]
-    assert ["medium", "75.0% of the parent"] in rows
-    assert any(row[0] == "small" and row[1].strip() == "1,000,000,000" for row in rows)
+    assert ["medium", "75.0% of the parent's params"] in rows
+    assert any(row[0] == "small" and row[1].strip() == "1,000,000,000 params" for row in rows)
 
 
 def test_a_run_that_has_begun_goes_on(tmp_path: Path) -> None:

@@ -68,12 +68,12 @@ def with_budgets(config: RunConfig, **budgets: float) -> RunConfig:
         (
             {},
             {"tiny": 0.4},
-            "budgets.tiny={params: 0.4, architecture: null}: RUN was started without th",
+            "budgets.tiny={params: 0.4}: RUN was started without th",
         ),
         (
             {"tiny": 0.4},
             {},
-            "budgets.tiny is not set: RUN was started with {params: 0.4, architecture: ",
+            "budgets.tiny is not set: RUN was started with {params: 0.4}; must be th",
         ),
         ({"tiny": 0.4}, {"tiny": 0.3}, "budgets.tiny.params=0.3: RUN was started with 0.4; must b"),
     ],
