@@ -35,6 +35,8 @@ class RunConfig:
     """Where everything is written."""
     resume: bool = True
     """Go on where `run_dir` stopped; false refuses a directory that is not empty."""
+    keep_stages: bool = False
+    """Keep the elastic checkpoint of every stage's end, as `elastic-<stage>`."""
     seed: int = 0
     parent: ParentConfig
     budgets: dict[str, BudgetConfig]
@@ -60,6 +62,12 @@ class RunConfig:
         for name, budget in self.budgets.items():
             budget.check(f"budgets.{name}")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(
+            self.curriculum.start == "parent" or not self.norms.own,
+            "norms.own",
+            self.norms.own,
+            "false with curriculum.start=random: own norms start from the parent's energies",
+        )
         for name, stage in self.curriculum.stages.items():
             where = f"curriculum.stages.{name}"
             _check_listed(f"{where}.budget_probabilities", stage.budget_probabilities, self.budgets)
@@ -245,6 +253,9 @@ class EvaluateConfig:
 
     run_dir: str
     """Run whose elastic checkpoint and report text are used."""
+    stage: str | None = None
+    """Measure the checkpoint that a run with `keep_stages` has kept at the end of this stage; null
+    is the run's last one."""
     members: str | None = None
     """Directory with one extracted checkpoint per budget, named after it; what is not there is cut
     in memory."""

@@ -307,6 +307,9 @@ class ImportanceConfig:
     hidden: str = "auto"
     """Basis of the residual stream: `rotate` to its principal directions, `sort` its coordinates
     (the paper), or `auto`: rotate, but sort where embedding and head are tied."""
+    order: str = "scores"
+    """`scores` of calibration text order all components; `random` does not look at them, to see
+    what a ranking is worth."""
     spread: bool = False
     """Rotate at random inside each segment between neighbouring hidden sizes, which evens out the
     channels; every member keeps the same directions."""
@@ -340,6 +343,13 @@ class ImportanceConfig:
         ):
             require(getattr(self, name) > 0, f"importance.{name}", getattr(self, name), "positive")
         one_of("importance.hidden", self.hidden, ("auto", "rotate", "sort"))
+        one_of("importance.order", self.order, ("scores", "random"))
+        require(
+            self.order == "scores" or self.hidden == "sort",
+            "importance.hidden",
+            self.hidden,
+            "sort with importance.order=random: a rotation is an order by energy",
+        )
         require(
             not self.spread or self.hidden != "sort",
             "importance.spread",

@@ -13,6 +13,9 @@ class ArmConfig:
     """As on the command line of `elastic train`."""
     family_of: str | None = None
     """Another arm, whose frozen members of the same seed are given; null lets the router decide."""
+    balanced: bool = False
+    """The most balanced members are given: every axis shrinks by about the same factor. Layers drop
+    in the order that the first arm has found."""
     each_alone: bool = False
     """Train every smaller member of the first arm's family by itself, with an equal part of the
     tokens."""
@@ -65,9 +68,16 @@ class StudySettings:
                 f"null, or the first of study.run, {first}",
             )
             require(
-                name != first or (arm.family_of is None and not arm.each_alone),
+                arm.family_of is None or not arm.balanced,
+                f"study.arms.{name}.balanced",
+                arm.balanced,
+                "false with family_of: one of them gives the members",
+            )
+            follows = [key for key in ("family_of", "each_alone", "balanced") if getattr(arm, key)]
+            require(
+                name != first or not follows,
                 f"study.arms.{name}",
-                "each_alone" if arm.each_alone else "family_of",
+                ", ".join(follows),
                 "without these: it is the first of study.run, which the others follow",
             )
         require(0 < self.share <= 1, "study.share", self.share, "in (0, 1]")

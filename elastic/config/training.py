@@ -167,8 +167,12 @@ class CurriculumConfig:
     """Stages in the order in which they run."""
 
     stages: dict[str, StageConfig]
+    start: str = "parent"
+    """Weights that the members begin with: `parent`, the ranked and sorted parent's, or `random`,
+    to see what those are worth; the parent teaches either way."""
 
     def __post_init__(self) -> None:
+        one_of("curriculum.start", self.start, ("parent", "random"))
         check_names("curriculum.stages", self.stages)
         for name, stage in self.stages.items():
             stage.check(f"curriculum.stages.{name}")

@@ -30,7 +30,7 @@ from elastic.parent.sealed import parent_seals
 from elastic.parent.weights import load_parent, locate
 from elastic.storage.files import refuse_inside, require_writable, run_folders, write_json
 from elastic.storage.foreign import read_yaml
-from elastic.storage.manifest import Manifest
+from elastic.storage.manifest import Manifest, elastic_directory
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     run_dir = Path(config.run_dir)
-    elastic = run_dir / "elastic"
+    elastic = elastic_directory(run_dir, config.stage)
+    if config.stage is not None and not elastic.is_dir():
+        kept = sorted(path.name for path in run_dir.glob(elastic_directory(Path(), "*").name))
+        raise ConfigError(
+            f"stage={config.stage}: {elastic} is not there; "
+            + (f"kept are {', '.join(kept)}" if kept else "keep_stages=true would have kept it")
+        )
     output = Path(config.output) if config.output else run_dir / "family.json"
     refuse_inside("output", output, *run_folders(run_dir))
     require_writable("output", output)

@@ -38,7 +38,8 @@ def rank_layers(
 
     `iterative` bypasses each remaining layer on trial, drops the one that changes the original
     logits least, and repeats on the reduced model; `one_pass` ranks all by their first trial. The
-    logits are compared at random positions, the same for every trial.
+    logits are compared at random positions, the same for every trial. With `order=random` nothing
+    is tried.
 
     Args:
         parent: where it is to run, as `passes.make_ready` leaves it.
@@ -58,6 +59,9 @@ def rank_layers(
     rounds: list[dict[int, float]] = []
     if not count:
         return order, rounds
+    if config.order == "random":
+        mixed = torch.randperm(len(candidates), generator=generator).tolist()
+        return [candidates[position] for position in mixed[:count]], rounds
     trials = Trials(parent, calibration, config, generator, place)
     one_pass = config.depth_method == "one_pass"
     total = sum(len(candidates) - done for done in range(1 if one_pass else count))

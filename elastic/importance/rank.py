@@ -207,7 +207,13 @@ def _tensors(
     """All that is stored of the widths: scores, energies as found and rotated, the rotation."""
     covariances = statistics.covariances
     found = _of_all(energies(covariances, None)) | statistics.gated
-    tensors = statistics.scores | {f"found.{name}": energy for name, energy in found.items()}
+    scores = statistics.scores
+    if config.order == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            name: torch.rand(score.shape, generator=generator) for name, score in scores.items()
+        }
+    tensors = scores | {f"found.{name}": energy for name, energy in found.items()}
     if config.rotates(parent.shape.tied_head):
         rotation = principal_directions(parent, covariances, place)
         if config.spread:

@@ -58,7 +58,7 @@ def ranking_work(config: RunConfig, sizes: Sizes) -> RankingWork:
 
     count = sizes.space.max_dropped
     candidates = droppable_layers(shape, settings.drop_attention, settings.drop_ends, count)
-    order = sizes.drop_order[:count]
+    order = sizes.drop_order[:count] if settings.order == "scores" else ()
     costs = passed(settings.depth_sequence_length)
     rows = _rows(settings.depth_samples, settings.batch_size)
     error = min(settings.depth_positions, settings.depth_sequence_length) * 2 * width**2

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic.config import CONF, ConfigError, RunConfig, StudySettings, parse
+from elastic.members.architecture import Space
+from elastic.members.balanced import balanced_family
+from elastic.members.targets import stand_in_drop_order, targets_of
 from elastic.storage.files import digest
 
 NO_RATE = 1e-12
@@ -85,6 +88,7 @@ def jobs_of(
     seed: int,
     parent: Path,
     family: Mapping[str, Mapping[str, Any]] | None,
+    drop_order: Sequence[int] = (),
 ) -> list[Job]:
     """The runs of an arm and a seed.
 
@@ -92,6 +96,7 @@ def jobs_of(
         parent: directory of the parent's checkpoint.
         family: what the first arm has frozen with this seed, budget -> entry of elastic.json,
             largest first; None for that arm itself.
+        drop_order: layers, the least important first, as that arm has ranked them.
 
     Raises:
         ConfigError: a setting of the arm that `elastic train` would refuse.
@@ -118,6 +123,8 @@ def jobs_of(
     if not arm.each_alone:
         if arm.family_of is not None:
             raw["budgets"] = _all_given(family)
+        if arm.balanced:
+            raw["budgets"] = _all_given(_balanced(raw, drop_order))
         return [Job(name, seed, None, raw)]
     smaller = budgets[1:]
     return [Job(name, seed, b, _alone(raw, b, family[b], len(smaller))) for b in smaller]
@@ -129,6 +136,17 @@ def family_job(
     """The first arm with a family that is given, called `label`."""
     (job,) = jobs_of(study, study.run[0], seed, parent, None)
     return Job(label, seed, None, job.raw | {"budgets": _all_given(family)})
+
+
+def _balanced(raw: Mapping[str, Any], drop_order: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """The most balanced family of a run's space: budget -> entry of elastic.json."""
+    config = parse({**raw, "run_dir": "run"}, RunConfig)
+    shape = config.parent.shape
+    assert shape is not None, "the experiment trains its parent"
+    space, targets = Space.build(config.space, shape), targets_of(config.budgets, shape)
+    order = drop_order or stand_in_drop_order(space, config.importance)
+    family = balanced_family(space, order, targets, config.space.tolerance, config.space.nested)
+    return {name: choice.architecture.to_json() for name, choice in family.items()}
 
 
 def _all_given(family: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

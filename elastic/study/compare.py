@@ -34,6 +34,11 @@ class Record:
         return {name: each["architecture"] for name, each in self.value["members"].items()}
 
     @property
+    def drop_order(self) -> list[int]:
+        """Layers, the least important first."""
+        return list(self.value["drop_order"])
+
+    @property
     def documents(self) -> np.ndarray:
         """(documents,): tokens of each."""
         return np.asarray(self.value["documents"], dtype=np.float64)

@@ -19,7 +19,7 @@ from elastic.members.search import Search, chains
 from elastic.members.targets import smaller_budgets, targets_of
 from elastic.parent.weights import load_parent
 from elastic.routing.table import span
-from elastic.storage.manifest import ENERGIES, Manifest
+from elastic.storage.manifest import ENERGIES, Manifest, elastic_directory
 from elastic.study.compare import Record
 
 MOST = 256
@@ -37,13 +37,13 @@ def untrained_members(config: RunConfig, parent: Path) -> dict[str, list[dict[st
     """KL to the parent of every member that meets a budget, as it is cut by a finished run, on the
     validation text: smaller budget -> entries with `architecture` and `kl`, least first."""
     run_dir = Path(config.run_dir)
-    manifest = Manifest.read(run_dir / "elastic")
+    manifest = Manifest.read(elastic_directory(run_dir))
     original, cut = load_parent(parent), load_parent(run_dir / "sorted")
     shape, space = cut.shape, Space.build(config.space, cut.shape)
     targets = targets_of(config.budgets, shape)
     smaller = smaller_budgets(targets)
     if config.norms.own:
-        cut.add_own_norms(len(smaller), load_file(run_dir / "elastic" / ENERGIES))
+        cut.add_own_norms(len(smaller), load_file(elastic_directory(run_dir) / ENERGIES))
     data = run_dir / "data"
     end = load_tokenizer(data / "tokenizer").eos_token_id
     text = report_text(load_tokens(data / "validation.npy"), end, 32, 256, 16)

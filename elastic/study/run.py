@@ -106,6 +106,7 @@ def measure(task: Task, directory: Path) -> dict[str, Any]:
         "documents": original.tokens.astype(int).tolist(),
         "parent": {"loss": _digits(original.loss)},
         "members": members,
+        "drop_order": manifest.ranking["drop_order"],
         **more,
     }
 

@@ -79,8 +79,10 @@ class Study:
         own name."""
         return Record(read_object(self.path(job)) | _whose(job))
 
-    def jobs(self, name: str, seed: int, family: dict[str, Any] | None) -> list[Job]:
-        return jobs_of(self.config.study, name, seed, self.parent, family)
+    def jobs(self, name: str, seed: int, first: Record | None) -> list[Job]:
+        """Runs of an arm, after the first arm's with that seed."""
+        family, order = (None, []) if first is None else (first.family, first.drop_order)
+        return jobs_of(self.config.study, name, seed, self.parent, family, order)
 
     def carry_out(self) -> list[Record]:
         """Every run's figures, in the order of arms and seeds.
@@ -96,7 +98,7 @@ class Study:
             job
             for seed in study.seeds
             for name in others
-            for job in self.jobs(name, seed, done[seed].family)
+            for job in self.jobs(name, seed, done[seed])
         ]
         return [*figures, *self._run(rest, 0)]
 

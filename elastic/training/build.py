@@ -23,9 +23,10 @@ def blank(setup: Setup) -> HybridParent:
     return HybridParent(setup.shape, setup.kernels, checkpointing)
 
 
-def initial(setup: Setup) -> HybridParent:
-    """A random parent, where pretraining starts; a function of the seed."""
-    return blank(setup).initialise(torch.Generator().manual_seed(setup.config.seed))
+def initial(setup: Setup, draw: int = 0) -> HybridParent:
+    """Random weights, where pretraining starts; a function of the seed. Another `draw` is another
+    start."""
+    return blank(setup).initialise(torch.Generator().manual_seed(setup.config.seed + draw))
 
 
 def load(setup: Setup, directory: Path) -> HybridParent:

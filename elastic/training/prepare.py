@@ -2,6 +2,7 @@
 
 from elastic.parent.sealed import seal_parent
 from elastic.storage.files import recover, sweep
+from elastic.storage.manifest import elastic_directory
 from elastic.training.run_dir import write_config
 from elastic.training.setup import Setup
 
@@ -13,8 +14,10 @@ def prepare(setup: Setup) -> None:
         return
     setup.run_dir.mkdir(parents=True, exist_ok=True)
     sweep(setup.run_dir)
-    for name in ("parent", "sorted", "elastic"):
-        recover(setup.run_dir / name)
+    kept = [elastic_directory(setup.run_dir, stage.name) for stage in setup.stages]
+    written = [setup.run_dir / "parent", setup.run_dir / "sorted", elastic_directory(setup.run_dir)]
+    for directory in (*written, *kept):
+        recover(directory)
     write_config(setup.config)
     if setup.source is not None:
         seal_parent(setup.source, setup.run_dir)

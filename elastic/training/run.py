@@ -7,6 +7,9 @@ from pathlib import Path
 from elastic.cluster.place import ALONE, Place, from_first
 from elastic.cluster.signals import StopSignals
 from elastic.config import ConfigError, RunConfig
+from elastic.importance import Ranking
+from elastic.parent import HybridParent
+from elastic.storage.manifest import elastic_directory
 from elastic.storage.seals import SealBroken, Seals, damage
 from elastic.training.build import cached_teacher, family_of, initial, online_teacher
 from elastic.training.check import check
@@ -16,9 +19,13 @@ from elastic.training.prepare import prepare
 from elastic.training.rank import rank_parent, scores_of, sorted_parent
 from elastic.training.resume import CheckpointStore, Saved
 from elastic.training.train import Fitting, train_stages
-from elastic.training.write import is_written, write_elastic, write_parent
+from elastic.training.write import is_written, keep_stage, write_elastic, write_parent
 
 log = logging.getLogger(__name__)
+
+RANDOM_START = 2
+"""Draw of a random start for members: not the one from which the parent was trained, nor the
+router's."""
 
 
 class Run:
@@ -44,7 +51,7 @@ class Run:
         saved = self.store.newest()
         self._require_same_origin(tokens=self.setup.data.digest)
         if self._is_finished(saved):
-            output = self.setup.run_dir / "elastic"
+            output = elastic_directory(self.setup.run_dir)
             log.info("this run is finished: its elastic checkpoint is in %s", output)
             return output
         if saved is not None:
@@ -122,6 +129,13 @@ class Run:
         write_parent(setup, saved.pieces)
         log.info("the parent is that of %s", saved.path)
 
+    def _start(self, ranking: Ranking) -> HybridParent:
+        """The weights that the members begin with."""
+        if self.setup.config.curriculum.start == "random":
+            log.info("the members start from random weights")
+            return initial(self.setup, draw=RANDOM_START)
+        return sorted_parent(self.setup, ranking)
+
     def _train_family(self, fitting: Fitting) -> Path:
         """Rank, sort, and train all budgets together."""
         setup = self.setup
@@ -136,10 +150,12 @@ class Run:
             setup,
             fitting,
             stages,
-            lambda: sorted_parent(setup, ranking),
+            lambda: self._start(ranking),
             family,
             teacher,
             ranking.energies if setup.config.norms.own else None,
         ):
             write_elastic(setup, stage, saved.pieces, family, ranking)
-        return setup.run_dir / "elastic"
+            if setup.config.keep_stages:
+                keep_stage(setup, stage)
+        return elastic_directory(setup.run_dir)

@@ -2,6 +2,8 @@
 whole."""
 
 import logging
+import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,7 +27,7 @@ from elastic.parent.weights import open_weights, save_weights
 from elastic.routing.curriculum import Stage
 from elastic.routing.family import Family
 from elastic.storage.files import atomic_directory, digest
-from elastic.storage.manifest import ENERGIES, MEMBERS, Manifest, Member
+from elastic.storage.manifest import ENERGIES, MEMBERS, Manifest, Member, elastic_directory
 from elastic.storage.seals import REMEDY, Seals, damage
 from elastic.storage.writing import Pending
 from elastic.training.resume import Pieces
@@ -86,7 +88,7 @@ def _tokens_seen(setup: Setup, stage: Stage) -> dict[str, int]:
 def is_written(setup: Setup, stage: Stage) -> bool:
     """Whether the elastic checkpoint of the end of `stage` is there, to the last byte; damage is
     named."""
-    directory = setup.run_dir / "elastic"
+    directory = elastic_directory(setup.run_dir)
     if not directory.is_dir():
         return False
     try:
@@ -138,6 +140,21 @@ def _target(budget: BudgetConfig, choice: Choice) -> dict[str, float | str]:
     return asked | {key: value for key, value in read.items() if value is not None}
 
 
+def keep_stage(setup: Setup, stage: Stage) -> None:
+    """Keep the elastic checkpoint of a stage's end beside `elastic`, which the next stage replaces:
+    hard links where the file system has them, on the first process. One that is there stays."""
+    kept = elastic_directory(setup.run_dir, stage.name)
+    if setup.place.rank == 0 and not kept.exists():
+        with atomic_directory(kept) as temporary:
+            for file in sorted(elastic_directory(setup.run_dir).iterdir()):
+                try:
+                    os.link(file, temporary / file.name)
+                except OSError:
+                    shutil.copy2(file, temporary / file.name)
+        log.info("kept as %s", kept)
+    wait_for_all()
+
+
 def write_elastic(
     setup: Setup, stage: Stage, pieces: Pieces, family: Family, ranking: Ranking
 ) -> None:
@@ -148,7 +165,9 @@ def write_elastic(
     if setup.place.rank == 0 and not is_written(setup, stage):
         choices = family.choices(stage.progress(stage.steps))
         seen = _tokens_seen(setup, stage)
-        _write_directory(setup, setup.run_dir / "elastic", pieces, family, choices, ranking, seen)
+        _write_directory(
+            setup, elastic_directory(setup.run_dir), pieces, family, choices, ranking, seen
+        )
         log.info("elastic checkpoint after stage %s; %s", stage.name, family.news(choices))
     wait_for_all()
 

@@ -118,6 +118,37 @@ def test_the_ranking_has_every_axis_and_the_layers_to_drop(setting: dict[str, An
     assert entry["key"] == ranking.key
 
 
+def test_a_random_order_looks_at_no_score_and_is_one_of_the_seed(setting: dict[str, Any]) -> None:
+    """Heads stay in their groups, and the layers are among those that may be dropped; energies are
+    the parent's, in that order."""
+    scored = rank(**setting | {"config": dataclasses.replace(CONFIG, hidden="sort")})
+    setting["config"] = dataclasses.replace(CONFIG, hidden="sort", order="random")
+    found = {seed: rank(**setting | {"seed": seed}) for seed in (0, 0, 1)}
+    again = rank(**setting | {"seed": 0})
+    assert same_orders(found[0], again) and not same_orders(found[0], found[1])
+    assert not same_orders(found[0], scored)
+    for ranking in found.values():
+        assert set(ranking.drop_order) < {1, 3, 4} and len(set(ranking.drop_order)) == 2
+        assert ranking.depth_errors == []
+        assert sorted(ranking.orders.hidden.tolist()) == list(range(SHAPE.hidden_size))
+        heads = ranking.orders.mamba_heads[0].view(SHAPE.n_groups, -1)
+        size = heads.shape[1]
+        for group, order in enumerate(heads.tolist()):
+            assert sorted(order) == list(range(group * size, (group + 1) * size))
+    norm = "backbone.norm_f.weight"
+    as_found = scored.energies[norm][scored.orders.hidden.argsort()]
+    assert torch.equal(found[1].energies[norm], as_found[found[1].orders.hidden])
+
+
+def same_orders(one: Ranking, other: Ranking) -> bool:
+    axes = ("ffn", "mamba_heads", "mamba_channels", "attention_heads")
+    pairs = [(one.orders.hidden, other.orders.hidden)]
+    for axis in axes:
+        ours, theirs = getattr(one.orders, axis), getattr(other.orders, axis)
+        pairs += [(ours[layer], theirs[layer]) for layer in ours]
+    return one.drop_order == other.drop_order and all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_an_equal_parent_in_another_process_would_reuse_it(setting: dict[str, Any]) -> None:
     """What counts is the values of the weights, not which object holds them."""
     first = rank(**setting)

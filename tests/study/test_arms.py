@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from elastic.config import CONF, ConfigError, RunConfig, StudyConfig, StudySettings, parse
+from elastic.config import (
+    CONF,
+    BudgetConfig,
+    ConfigError,
+    RunConfig,
+    StudyConfig,
+    StudySettings,
+    parse,
+)
+from elastic.members.architecture import Space
+from elastic.members.balanced import balanced_family
+from elastic.members.targets import targets_of
 from elastic.routing.curriculum import plan
 from elastic.study.arms import Job, composed, jobs_of, parent_settings
 
@@ -26,6 +37,8 @@ FAMILY = {
     for name, width in (("full", 128), ("medium", 112), ("small", 88))
 }
 PARENT = Path("somewhere/parent")
+ORDER = [5, 8, 2]
+"""Layers of the small parent, the least important first."""
 
 
 def trained_tokens(config: RunConfig) -> int:
@@ -81,6 +94,37 @@ def test_an_arm_may_train_the_family_of_the_first() -> None:
     assert given == FAMILY and config.members_given
 
 
+def test_a_uniform_shrink_is_the_most_balanced_family_of_the_arms_own_space() -> None:
+    """Its layers drop in the order that the first arm has found."""
+    study = study_of("ablations")
+    (job,) = jobs_of(study, "uniform", 3, PARENT, FAMILY, ORDER)
+    config = job.config(Path("r"))
+    shape = config.parent.shape
+    assert config.members_given and shape is not None
+    space, targets = Space.build(config.space, shape), targets_of(study_budgets(study), shape)
+    limits = config.space.tolerance, config.space.nested
+    expected = balanced_family(space, ORDER, targets, *limits)
+    given = {name: budget.architecture for name, budget in config.budgets.items()}
+    assert given == {name: choice.architecture.to_json() for name, choice in expected.items()}
+    kept = {layer["index"] for layer in given["small"]["layers"]}
+    assert not kept & set(ORDER[: 14 - len(kept)])
+
+
+def study_budgets(study: StudySettings) -> dict[str, BudgetConfig]:
+    raw = composed([f"experiment={study.experiment}", "run_dir=r"])
+    return parse(raw, RunConfig).budgets
+
+
+def test_members_from_scratch_have_the_same_teacher_and_tokens_as_separate_ones() -> None:
+    study = study_of("ablations", "study.run=[elastic,separate,scratch]")
+    for scratch, separate in zip(
+        configs("scratch", study=study), configs("separate", study=study), strict=True
+    ):
+        assert scratch.curriculum.start == "random" and separate.curriculum.start == "parent"
+        assert scratch.curriculum.stages == separate.curriculum.stages
+        assert scratch.budgets == separate.budgets and scratch.objective == separate.objective
+
+
 def test_the_untrained_arm_takes_a_step_that_changes_nothing() -> None:
     (config,) = configs("untrained")
     (stage,) = config.curriculum.stages.values()
@@ -133,6 +177,11 @@ def test_figures_are_found_again_by_what_they_depend_on_alone(tmp_path: Path) ->
         ("study.seeds=[1,1]", "study.seeds=[1, 1]: must be different from one another"),
         ("study.run=[separate,elastic]", "study.arms.separate=each_alone: must be without"),
         ("study.run=[published,fixed]", "study.arms.fixed.family_of=elastic: must be null, or"),
+        (
+            "+study={arms:{fixed:{balanced:true}},run:[elastic,fixed]}",
+            "study.arms.fixed.balanced=True: must be false with family_of",
+        ),
+        ("study.run=[uniform]", "study.arms.uniform=balanced: must be without these"),
         ("jobs=0", "jobs=0: must be positive"),
     ],
 )
