@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from elastic.config import ObjectiveConfig, ParentShape, RunConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
-from elastic.members.targets import smaller_budgets, targets_of
+from elastic.members.families import nested_families
+from elastic.members.search import Search
+from elastic.members.targets import smaller_budgets, stand_in_drop_order, targets_of
 from elastic.plan.blocks import Block, Execution, blocks_of
 
 BUCKET = 200_000_000
@@ -169,11 +171,18 @@ def _teacher(config: RunConfig, shape: ParentShape, blocks: object) -> float:
 
 
 def _router_weights(config: RunConfig, space: Space) -> int:
-    """Weights of all routers: two layers per budget that has a choice, and per elastic axis."""
+    """Weights of all routers: two layers per budget that has a choice, and per elastic axis; or
+    two layers for all families."""
     hidden = config.router.hidden_units
     if config.members_given:
         return 0
-    budgets = len(smaller_budgets(targets_of(config.budgets, space.shape)))
+    targets = targets_of(config.budgets, space.shape)
+    if config.router.kind == "members":
+        order = stand_in_drop_order(space, config.importance)
+        search = Search(space, order, config.space.tolerance)
+        families = nested_families(search, targets, config.space.nested)
+        return 2 * hidden + len(families) * (hidden + 1)
+    budgets = len(smaller_budgets(targets))
     outputs = sum(space.decisions(axis) * len(space.choices[axis]) for axis in space.elastic_axes)
     return budgets * (len(space.elastic_axes) * 2 * hidden + outputs * (hidden + 1))
 

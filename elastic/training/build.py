@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from elastic.importance import Ranking
+from elastic.members.families import nested_families
 from elastic.members.search import Search
 from elastic.members.targets import smaller_budgets
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
 from elastic.routing.family import Family
-from elastic.routing.nested import FamilyRouter, nested_families
+from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router
 from elastic.teacher import Teacher, build_teacher, cache_contents
 from elastic.training.setup import Setup

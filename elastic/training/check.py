@@ -10,13 +10,13 @@ from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
+from elastic.members.families import nested_families
 from elastic.members.search import Search
 from elastic.parent.sealed import parent_seals
 from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config
 from elastic.parent.weights import locate, open_weights
 from elastic.routing.curriculum import plan
-from elastic.routing.nested import nested_families
 from elastic.routing.sizes import Sizes, check_sizes
 from elastic.storage.files import refuse_inside
 from elastic.teacher import check_teacher

@@ -19,11 +19,14 @@ from elastic.bench.subjects import TrainingStep, autocast
 from elastic.cluster import strategies
 from elastic.config import OptimConfig, ParentShape, RunConfig, SpaceConfig
 from elastic.members.architecture import Architecture, AttentionLayer, MambaLayer, MLPLayer, Space
-from elastic.members.targets import smaller_budgets, targets_of
+from elastic.members.families import nested_families
+from elastic.members.search import Search
+from elastic.members.targets import smaller_budgets, stand_in_drop_order, targets_of
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
 from elastic.plan.memory import Run, pass_memory, static_memory
 from elastic.routing.masks import hard_keep
+from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router, RouterOptimizer
 from elastic.teacher import OnlineTeacher
 
@@ -135,6 +138,19 @@ def test_weights_gradients_optimizer_and_teacher_are_exact(shape: ParentShape) -
     assert plan.optimizer == sum(value.nbytes for value in states if value.ndim)
     assert plan.teacher == sum(w.nbytes for w in step.teacher.model.parameters())
     assert plan.total == plan.weights + plan.gradients + plan.optimizer + plan.teacher
+
+
+def test_a_router_over_families_is_exact() -> None:
+    kind = dataclasses.replace(base(False).router, kind="members")
+    config = dataclasses.replace(base(False), router=kind)
+    space = Space.build(config.space, config.parent.shape)
+    order = stand_in_drop_order(space, config.importance)
+    search = Search(space, order, config.space.tolerance)
+    families = nested_families(search, targets_of(config.budgets, space.shape), config.space.nested)
+    router = FamilyRouter(families, config.router, torch.Generator())
+    count = sum(weight.numel() for weight in router.parameters())
+    planned_bytes = static_memory(config, config.parent.shape, space).router
+    assert planned_bytes == 16 * count
 
 
 def test_the_router_is_exact() -> None:

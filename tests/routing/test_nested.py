@@ -13,10 +13,11 @@ from helpers.strategies import tiny_shape
 from elastic.config import ConfigError, ObjectiveConfig, OptimConfig, RouterConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
+from elastic.members.families import Families, nested_families
 from elastic.members.search import Search
 from elastic.parent import Keep
 from elastic.routing.family import Family
-from elastic.routing.nested import Families, FamilyRouter, nested_families
+from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import RouterOptimizer
 
 SHAPE = tiny_shape(pattern="M-*M-", hidden_size=16, intermediate_size=32)
