@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.config import CONF, ConfigError, RunConfig, StudySettings, parse
-from elastic.members.architecture import Space
+from elastic.config import CONF, ConfigError, ParentShape, RunConfig, StudySettings, parse
+from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family
 from elastic.members.targets import stand_in_drop_order, targets_of
 from elastic.storage.files import digest
@@ -119,14 +119,13 @@ def jobs_of(
         _leave_untrained(raw)
     if family is None:
         return [Job(name, seed, None, raw)]
-    budgets = list(family)
     if not arm.each_alone:
         if arm.family_of is not None:
             raw["budgets"] = _all_given(family)
         if arm.balanced:
             raw["budgets"] = _all_given(_balanced(raw, drop_order))
         return [Job(name, seed, None, raw)]
-    smaller = budgets[1:]
+    smaller = [budget for budget, entry in family.items() if entry != _whole(raw)]
     return [Job(name, seed, b, _alone(raw, b, family[b], len(smaller))) for b in smaller]
 
 
@@ -141,12 +140,21 @@ def family_job(
 def _balanced(raw: Mapping[str, Any], drop_order: Sequence[int]) -> dict[str, dict[str, Any]]:
     """The most balanced family of a run's space: budget -> entry of elastic.json."""
     config = parse({**raw, "run_dir": "run"}, RunConfig)
-    shape = config.parent.shape
-    assert shape is not None, "the experiment trains its parent"
+    shape = _shape(config)
     space, targets = Space.build(config.space, shape), targets_of(config.budgets, shape)
     order = drop_order or stand_in_drop_order(space, config.importance)
     family = balanced_family(space, order, targets, config.space.tolerance, config.space.nested)
     return {name: choice.architecture.to_json() for name, choice in family.items()}
+
+
+def _whole(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The parent's entry of elastic.json."""
+    return Architecture.full(_shape(parse({**raw, "run_dir": "run"}, RunConfig))).to_json()
+
+
+def _shape(config: RunConfig) -> ParentShape:
+    assert config.parent.shape is not None, "the experiment trains its parent"
+    return config.parent.shape
 
 
 def _all_given(family: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

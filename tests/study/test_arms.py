@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -16,7 +17,7 @@ from elastic.config import (
     StudySettings,
     parse,
 )
-from elastic.members.architecture import Space
+from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family
 from elastic.members.targets import targets_of
 from elastic.routing.curriculum import plan
@@ -32,10 +33,20 @@ def study_of(name: str = "main", *overrides: str) -> StudySettings:
 
 
 TINY = study_of("quick")
-FAMILY = {
+SMALLER = {
     name: {"hidden_size": width, "layers": [{"index": 1, "kind": "mlp", "intermediate_size": 512}]}
-    for name, width in (("full", 128), ("medium", 112), ("small", 88))
+    for name, width in (("medium", 112), ("small", 88))
 }
+
+
+def family_of(study: StudySettings = TINY) -> dict[str, dict[str, Any]]:
+    """The whole parent and two members."""
+    raw = composed([f"experiment={study.experiment}", "run_dir=r"])
+    shape = parse(raw, RunConfig).parent.shape
+    assert shape is not None
+    return {"full": Architecture.full(shape).to_json(), **SMALLER}
+
+
 PARENT = Path("somewhere/parent")
 ORDER = [5, 8, 2]
 """Layers of the small parent, the least important first."""
@@ -47,7 +58,7 @@ def trained_tokens(config: RunConfig) -> int:
 
 
 def configs(name: str, seed: int = 3, study: StudySettings = TINY) -> list[RunConfig]:
-    family = None if name == study.run[0] else FAMILY
+    family = None if name == study.run[0] else family_of(study)
     return [job.config(Path("r")) for job in jobs_of(study, name, seed, PARENT, family)]
 
 
@@ -78,26 +89,28 @@ def test_members_alone_share_the_tokens_of_one_elastic_run() -> None:
     assert [list(config.budgets) for config in alone] == [["medium"], ["small"]]
     assert sum(map(trained_tokens, alone)) == trained_tokens(together)
     for config, budget in zip(alone, ("medium", "small"), strict=True):
-        assert config.budgets[budget].architecture == FAMILY[budget]
+        assert config.budgets[budget].architecture == SMALLER[budget]
         assert config.norms.own and config.importance == together.importance
         for name, stage in config.curriculum.stages.items():
             whole = asdict(together.curriculum.stages[name])
             changed = {k for k, value in asdict(stage).items() if value != whole[k]}
             assert changed <= {"tokens", "draws", "budget_probabilities"}
+    no_whole = jobs_of(TINY, "separate", 3, PARENT, SMALLER)
+    assert [job.alone for job in no_whole] == ["medium", "small"]
     published = configs("separate_sorted", study=study_of("main"))
     assert all(c.importance.hidden == "sort" and not c.norms.own for c in published)
 
 
 def test_an_arm_may_train_the_family_of_the_first() -> None:
-    (config,) = configs("fixed", study=study_of("ablations"))
+    (config,) = configs("fixed", study=study_of("quick", "study.run=[elastic,fixed]"))
     given = {name: budget.architecture for name, budget in config.budgets.items()}
-    assert given == FAMILY and config.members_given
+    assert given == family_of() and config.members_given
 
 
 def test_a_uniform_shrink_is_the_most_balanced_family_of_the_arms_own_space() -> None:
     """Its layers drop in the order that the first arm has found."""
     study = study_of("ablations")
-    (job,) = jobs_of(study, "uniform", 3, PARENT, FAMILY, ORDER)
+    (job,) = jobs_of(study, "uniform", 3, PARENT, family_of(study), ORDER)
     config = job.config(Path("r"))
     shape = config.parent.shape
     assert config.members_given and shape is not None
@@ -157,9 +170,9 @@ def test_figures_are_found_again_by_what_they_depend_on_alone(tmp_path: Path) ->
     assert key(job) == key(moved)
     others = [
         jobs_of(TINY, "elastic", 1, PARENT, None)[0],
-        *jobs_of(TINY, "separate", 0, PARENT, FAMILY),
-        *jobs_of(TINY, "untrained", 0, PARENT, FAMILY),
-        *jobs_of(TINY, "all_budgets", 0, PARENT, FAMILY),
+        *jobs_of(TINY, "separate", 0, PARENT, family_of()),
+        *jobs_of(TINY, "untrained", 0, PARENT, family_of()),
+        *jobs_of(TINY, "all_budgets", 0, PARENT, family_of()),
     ]
     longer = study_of("quick", "study.sequences=9")
     judged = study_of("quick", "study.run=[elastic]", "study.families=4")
