@@ -19,6 +19,8 @@ class ArmConfig:
     each_alone: bool = False
     """Train every smaller member of the first arm's family by itself, with an equal part of the
     tokens."""
+    share: float = 1.0
+    """Of the tokens that the other arms get."""
     trained: bool = True
     """false measures members as they are cut: one step at no rate."""
 
@@ -61,6 +63,7 @@ class StudySettings:
         first = self.run[0]
         for name in self.run:
             arm = self.arms[name]
+            require(arm.share > 0, f"study.arms.{name}.share", arm.share, "positive")
             require(
                 arm.family_of in (None, first),
                 f"study.arms.{name}.family_of",

@@ -113,7 +113,8 @@ def jobs_of(
         ]
     )
     raw["curriculum"]["stages"] = {
-        stage: _shortened(settings, study.share) for stage, settings in _elastic(raw).items()
+        stage: _shortened(settings, study.share * arm.share)
+        for stage, settings in _elastic(raw).items()
     }
     if not arm.trained:
         _leave_untrained(raw)

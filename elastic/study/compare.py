@@ -68,7 +68,8 @@ class Row:
     by_seed: list[float]
     """KL of every seed."""
     difference: tuple[float, float] | None
-    """KL less that of the first arm, paired, and its standard error; None for the first arm."""
+    """KL less that of the first arm, paired, and its standard error; None for the first arm, and
+    for a member that it does not have."""
     same_sign: bool | None
     """Whether each seed's difference has the sign of the mean."""
 
@@ -83,7 +84,9 @@ def rows(study: StudySettings, records: Sequence[Record]) -> list[Row]:
     found = []
     for arm in study.run:
         for budget, seeds in by_arm[arm].items():
-            found.append(_row(arm, budget, seeds, None if arm == study.run[0] else first[budget]))
+            found.append(
+                _row(arm, budget, seeds, None if arm == study.run[0] else first.get(budget))
+            )
     return found
 
 

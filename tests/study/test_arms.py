@@ -20,7 +20,7 @@ from elastic.config import (
 from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family
 from elastic.members.targets import targets_of
-from elastic.routing.curriculum import plan
+from elastic.routing.curriculum import budget_probabilities, plan
 from elastic.study.arms import Job, composed, jobs_of, parent_settings
 
 STUDIES = ("main", "quick", "ablations", "brute")
@@ -99,6 +99,23 @@ def test_members_alone_share_the_tokens_of_one_elastic_run() -> None:
     assert [job.alone for job in no_whole] == ["medium", "small"]
     published = configs("separate_sorted", study=study_of("main"))
     assert all(c.importance.hidden == "sort" and not c.norms.own for c in published)
+
+
+def test_an_arm_may_have_other_tokens_than_the_rest() -> None:
+    study = study_of("ablations", "study.share=0.5")
+    once, twice = (
+        sum(map(trained_tokens, configs(name, study=study)))
+        for name in ("separate", "separate_double")
+    )
+    assert twice == 2 * once
+
+
+@pytest.mark.parametrize(("name", "count"), [("two_members", 2), ("four_members", 4)])
+def test_arms_of_more_and_fewer_members_draw_all_of_them(name: str, count: int) -> None:
+    (config,) = configs(name, study=study_of("quick", f"study.run=[elastic,{name}]"))
+    assert len(config.budgets) == count
+    for stage in config.curriculum.stages.values():
+        assert len(budget_probabilities(stage, list(config.budgets))) == count
 
 
 def test_an_arm_may_train_the_family_of_the_first() -> None:
