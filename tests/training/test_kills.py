@@ -17,8 +17,8 @@ from helpers.run_differences import differences, losses_apart, weights_apart
 
 PRETRAIN, PARENT = "00-pretrain-000000003", "00-pretrain-000000007"
 SOFT, SLICED, END = "01-short-000000003", "01-short-000000009", "01-short-000000010"
-"""Checkpoints: while the parent is trained and when it is there, before and after the freeze, and at
-the end of that stage."""
+"""Checkpoints: while the parent is trained and when it is there, before and after the freeze, and
+at the end of that stage."""
 
 
 @pytest.fixture(scope="module")
