@@ -26,7 +26,7 @@ FIVE = {
     "nano_v2_12b": "+budgets={11b:{params:1.1e10},7b:{params:7.5e9}}",
     "nano_v2_9b": "+budgets={7b:{params:7.5e9},5b:{params:5e9}}",
 }
-UNIFORM = "curriculum.stages.long.budget_probabilities=null"
+UNIFORM = [f"curriculum.stages.{stage}.budget_probabilities=null" for stage in ("short", "long")]
 VARIANTS: dict[str, list[str]] = {
     "plain": [],
     "priced": ["plan.price_per_gpu_hour=2.5"],
@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {
 
 def cases() -> list[tuple[str, ...]]:
     plain = [(f"experiment={e}", *v) for e, v in itertools.product(EXPERIMENTS, VARIANTS.values())]
-    five = [(f"experiment={name}", UNIFORM, FIVE[name]) for name in EXPERIMENTS]
+    five = [(f"experiment={name}", *UNIFORM, FIVE[name]) for name in EXPERIMENTS]
     layered = ("experiment=nano_v2_12b", "space=heterogeneous")
     text = ["data=files", "data.tokenizer=train", "data.path=" + "deep/" * 60]
     return [*plain, *five, layered, ("experiment=tiny", f"name={'a_name_' * 30}", *text)]
