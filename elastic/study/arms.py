@@ -60,7 +60,8 @@ def composed(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
-    """The run that trains the parent: its elastic stages are a step each.
+    """The run that trains the parent: its elastic stages are a step each, at no rate and with draws
+    that are always the same, so that a change of these is no reason to train it again.
 
     Raises:
         ConfigError: the experiment trains none.
@@ -73,7 +74,14 @@ def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
             "pretrain"
         )
     for stage in _elastic(raw).values():
-        stage |= {"tokens": stage["batch_tokens"], "warmup_steps": 0}
+        stage |= {
+            "tokens": stage["batch_tokens"],
+            "warmup_steps": 0,
+            "model_lr": NO_RATE,
+            "draws": 1,
+            "budgets_per_batch": "one",
+            "budget_probabilities": None,
+        }
     return parse(raw, RunConfig)
 
 
