@@ -170,7 +170,7 @@ def test_the_parent_is_trained_by_the_experiments_own_pretraining() -> None:
         assert stage.tokens == stage.batch_tokens
     other = study_of(
         "quick",
-        'study.settings=["curriculum.stages.short.model_lr=2e-4",curriculum.stages.long.draws=2]',
+        'study.settings=["curriculum.stages.short.model_lr=2e-4","curriculum.stages.long.draws=2"]',
     )
     assert parent_settings(other, Path("p")) == found, "nothing that the parent would notice"
 
