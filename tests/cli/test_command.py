@@ -38,7 +38,7 @@ def train(*overrides: str, **environment: str) -> subprocess.CompletedProcess[st
             ["curriculum.stages.long.budget_probabilities", "sum to 1"],
         ),
         (
-            "+curriculum.stages.short.budget_probabilities={huge: 1.0}",
+            "+curriculum.stages.short.budget_probabilities.huge=0.0",
             ["curriculum.stages.short.budget_probabilities=", "huge is no budget"],
         ),
         ("parent=pretrained", ["parent.path"]),
