@@ -16,6 +16,7 @@ from elastic.config.bench import (
     ScanShape,
     StepBenchConfig,
 )
+from elastic.config.budgets import UNITS, WEIGHT_BYTES, BudgetConfig
 from elastic.config.checks import ConfigError
 from elastic.config.commands import (
     CacheConfig,
@@ -29,9 +30,6 @@ from elastic.config.model import (
     AXES,
     KINDS,
     LAYERED_AXES,
-    UNITS,
-    WEIGHT_BYTES,
-    BudgetConfig,
     ImportanceConfig,
     NormsConfig,
     ParentConfig,

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from elastic.config.budgets import BudgetConfig
 from elastic.config.checks import one_of, require
-from elastic.config.model import BudgetConfig, ParentConfig, RouterConfig, SpaceConfig
+from elastic.config.model import ParentConfig, RouterConfig, SpaceConfig
 from elastic.config.training import DIVERGENCES, ObjectiveConfig
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")

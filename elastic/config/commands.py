@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from elastic.config.budgets import BudgetConfig
 from elastic.config.checks import ConfigError, check_names, one_of, require
 from elastic.config.model import (
-    BudgetConfig,
     ImportanceConfig,
     NormsConfig,
     ParentConfig,

@@ -28,9 +28,16 @@ from elastic.importance import read_ranking, sort_parent
 from elastic.parent import HybridParent
 from elastic.parent.sealed import parent_seals
 from elastic.parent.weights import load_parent, locate
-from elastic.storage.files import refuse_inside, require_writable, run_folders, write_json
+from elastic.storage.files import (
+    elastic_directory,
+    kept_stages,
+    refuse_inside,
+    require_writable,
+    run_folders,
+    write_json,
+)
 from elastic.storage.foreign import read_yaml
-from elastic.storage.manifest import Manifest, elastic_directory
+from elastic.storage.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +98,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     elastic = elastic_directory(run_dir, config.stage)
     if config.stage is not None and not elastic.is_dir():
-        kept = sorted(path.name for path in run_dir.glob(elastic_directory(Path(), "*").name))
+        kept = [path.name for path in kept_stages(run_dir)]
         raise ConfigError(
             f"stage={config.stage}: {elastic} is not there; "
             + (f"kept are {', '.join(kept)}" if kept else "keep_stages=true would have kept it")

@@ -14,8 +14,6 @@ from elastic.members.cost import (
     total_parameters,
 )
 
-Sizes = Sequence[LayerSize]
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -31,7 +29,7 @@ class Measure:
     batch: int = 1
     """Sequences, for `cache_bytes`."""
 
-    def of(self, shape: ParentShape, hidden: Any, sizes: Sizes) -> Any:
+    def of(self, shape: ParentShape, hidden: Any, sizes: Sequence[LayerSize]) -> Any:
         """The cost of sizes: integers, or differentiable scalars."""
         if self.unit == "cache_bytes":
             return total_cache_bytes(shape, sizes, self.context, self.batch)
@@ -111,10 +109,16 @@ class Target:
     def values(self) -> list[int]:
         return [goal.value for goal in self.goals]
 
-    def off(self, member: Architecture) -> float:
-        """Relative distance of a member from the goal that it misses most, with its sign."""
-        found = [goal.measure.exact(self.shape, member) / goal.value - 1 for goal in self.goals]
+    def off(self, hidden: int, sizes: Sequence[LayerSize]) -> float:
+        """Relative distance from the goal that a member of such sizes misses most, with its
+        sign."""
+        costs = (goal.measure.of(self.shape, hidden, sizes) for goal in self.goals)
+        found = (cost / goal.value - 1 for cost, goal in zip(costs, self.goals, strict=True))
         return max(found, key=abs)
+
+    def off_by(self, member: Architecture) -> float:
+        """`off` of a member."""
+        return self.off(member.hidden_size, layer_sizes(member))
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.goals))

@@ -16,7 +16,7 @@ from elastic.members.architecture import (
     Space,
 )
 from elastic.members.cost import LayerSize
-from elastic.members.goals import Measure, Target
+from elastic.members.goals import Target
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Candidate:
     layers: tuple[LayerSize, ...]
     """One per kind, its gate the number of layers."""
 
-    def cost(self, measure: Measure, shape: ParentShape) -> int:
-        """Exactly."""
-        return int(measure.of(shape, self.sizes[AXES.index("hidden")], self.layers))
+    @property
+    def hidden(self) -> int:
+        return self.sizes[AXES.index("hidden")]
 
 
 def candidates(space: Space, drop_order: Sequence[int]) -> list[Candidate]:
@@ -63,10 +63,8 @@ def within_tolerance(
     parent = next(candidate for candidate in every if candidate.sizes == full)
     found = {}
     for name, target in targets.items():
-        off = {
-            c: max(abs(c.cost(g.measure, space.shape) / g.value - 1) for g in target.goals)
-            for c in ([parent] if target.whole else every)
-        }
+        legal = [parent] if target.whole else every
+        off = {c: abs(target.off(c.hidden, c.layers)) for c in legal}
         found[name] = sorted((c for c in off if off[c] <= tolerance), key=off.__getitem__)
     return found
 

@@ -19,6 +19,7 @@ from elastic.plan.memory import (
     host_memory,
     on_gpu,
     pass_memory,
+    router_weights,
     static_memory,
 )
 from elastic.plan.training import stage_work
@@ -114,6 +115,7 @@ class Fitter:
         self.node_limit = config.plan.node_gib * GIB if on_gpu(config) else math.inf
         self.parameters = held_parameters(shape)
         self._statics: dict[tuple, Static] = {}
+        self._router = router_weights(config, self.space)
         self._passes: dict[tuple, Pass] = {}
 
     @property
@@ -169,7 +171,7 @@ class Fitter:
         config = self.settings(setup)
         key = (setup.gpus, setup.strategy, setup.offload, setup.teacher, setup.checkpointing)
         if key not in self._statics:
-            self._statics[key] = static_memory(config, self.shape, self.space)
+            self._statics[key] = static_memory(config, self.shape, self._router)
         passes = {
             stage.name: {
                 run.name: self._pass(config, setup, stage, run) for run in self.runs(stage)

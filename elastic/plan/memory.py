@@ -101,8 +101,9 @@ def held_parameters(shape: ParentShape) -> int:
     return parameters(shape, Architecture.full(shape)) - shared
 
 
-def static_memory(config: RunConfig, shape: ParentShape, space: Space) -> Static:
-    """What a device holds for a whole stage.
+def static_memory(config: RunConfig, shape: ParentShape, router: int) -> Static:
+    """What a device holds for a whole stage; `router` is the number of its weights, on every
+    device in float32 with gradients and moments.
 
     float32 masters and moments of AdamW are 12 bytes per weight under ZeRO; DDP and one process
     step the weights as they are.
@@ -144,7 +145,7 @@ def static_memory(config: RunConfig, shape: ParentShape, space: Space) -> Static
         buffers += size * table  # on its way to the host
     return Static(
         weights, gradients, optimizer, _teacher(config, shape, blocks),
-        buffers, 16.0 * _router_weights(config, space), step,
+        buffers, 16.0 * router, step,
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def _teacher(config: RunConfig, shape: ParentShape, blocks: object) -> float:
     return places + (count / config.trainer.world_size if kind == "zero3" else 0.0)
 
 
-def _router_weights(config: RunConfig, space: Space) -> int:
+def router_weights(config: RunConfig, space: Space) -> int:
     """Weights of all routers: two layers per budget that has a choice, and per elastic axis; or
     two layers for all families."""
     hidden = config.router.hidden_units

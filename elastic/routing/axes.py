@@ -11,7 +11,7 @@ from torch import Tensor
 from elastic.config import ObjectiveConfig, RouterConfig
 from elastic.losses import next_multiplier, router_terms
 from elastic.members.architecture import Selection
-from elastic.members.goals import PARAMS, Measure, Target
+from elastic.members.goals import PARAMS, Target
 from elastic.members.search import Choice, LogProbabilities, Search, Unreachable
 from elastic.routing.decide import Wish
 from elastic.routing.masks import soft_keep
@@ -63,12 +63,14 @@ class AxisProposals(Proposals):
             even = {axis: torch.softmax(values, -1) for axis, values in logits.items()}
             hidden, layers = expected_sizes(space, order, even)
 
-            def expected(measure: Measure) -> Tensor:
-                cost = measure.of(space.shape, hidden, layers)
-                return torch.as_tensor(cost, device=multipliers.device)
-
+            expected = {
+                measure: torch.as_tensor(
+                    measure.of(space.shape, hidden, layers), device=multipliers.device
+                )
+                for measure in {PARAMS, *self.targets[budget].measures}
+            }
             paid = [
-                router_terms(expected(goal.measure), goal.value, price, self.objective)
+                router_terms(expected[goal.measure], goal.value, price, self.objective)
                 for goal, price in zip(goals, multipliers, strict=False)
             ]
         distance, total = (
@@ -80,8 +82,8 @@ class AxisProposals(Proposals):
             {"budget": distance.max(), "total": total.sum()},
             {
                 "entropy": entropy(even).detach(),
-                "expected_params": expected(PARAMS).detach().mean(),
-                "multiplier": multipliers.sum(),
+                "expected_params": expected[PARAMS].detach().mean(),
+                "multiplier": multipliers.sum(),  # of all goals; nearly always there is one
             },
         )
 

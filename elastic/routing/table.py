@@ -49,7 +49,7 @@ def describe(targets: Mapping[str, Target], choices: Mapping[str, Choice]) -> st
                 name,
                 _short(targets[name]),
                 f"{choice.params:,}",
-                f"{targets[name].off(kept):+.2%}",
+                f"{targets[name].off_by(kept):+.2%}",
                 str(kept.hidden_size),
                 span(kept, "ffn"),
                 span(kept, "mamba_heads") + ("" if channels == "-" else f" x {channels}"),
@@ -78,7 +78,7 @@ def account(budget: str, target: Target, decision: Decision, chosen: Choice) -> 
     own = decision.router_choice
     lines = [
         f"{budget}: the router's own choice is {_brief(own)}, {decision.router_params:,} "
-        f"parameters ({target.off(own):+.1%} off its target)"
+        f"parameters ({target.off_by(own):+.1%} off its target)"
     ]
     for candidate in sorted(decision.candidates, key=lambda candidate: candidate.kl):
         mark = "  <- frozen" if candidate.architecture == chosen.architecture else ""

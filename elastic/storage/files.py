@@ -222,7 +222,17 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
 def run_folders(run_dir: Path) -> list[Path]:
     """Folders of a run that are replaced whole, or whose every file is the run's own."""
     names = ("parent", "sorted", "elastic", "data", "importance", "checkpoints")
-    return [run_dir / name for name in names]
+    return [*(run_dir / name for name in names), *kept_stages(run_dir)]
+
+
+def elastic_directory(run_dir: Path, stage: str | None = None) -> Path:
+    """Where a run writes its elastic checkpoint, and where it keeps that of a stage's end."""
+    return run_dir / ("elastic" if stage is None else f"elastic-{stage}")
+
+
+def kept_stages(run_dir: Path) -> list[Path]:
+    """Elastic checkpoints of stages' ends that a run has kept."""
+    return sorted(run_dir.glob(elastic_directory(run_dir, "*").name))
 
 
 def refuse_inside(key: str, output: Path, *inputs: Path) -> None:

@@ -26,11 +26,6 @@ ENERGIES = "energies.safetensors"
 """Energy per channel of every norm's input, by the norm's stored name, at full width."""
 
 
-def elastic_directory(run_dir: Path, stage: str | None = None) -> Path:
-    """Where a run writes its elastic checkpoint, and where it keeps that of a stage's end."""
-    return run_dir / ("elastic" if stage is None else f"elastic-{stage}")
-
-
 @dataclass(frozen=True)
 class Member:
     """One budget's entry: the target as configured, the exact size, the architecture."""

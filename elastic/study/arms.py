@@ -9,7 +9,7 @@ from typing import Any
 from elastic.config import CONF, ConfigError, ParentShape, RunConfig, StudySettings, parse
 from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family
-from elastic.members.targets import stand_in_drop_order, targets_of
+from elastic.members.targets import targets_of
 from elastic.storage.files import digest
 
 NO_RATE = 1e-12
@@ -79,7 +79,6 @@ def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
             "warmup_steps": 0,
             "model_lr": NO_RATE,
             "draws": 1,
-            "budgets_per_batch": "one",
             "budget_probabilities": None,
         }
     return parse(raw, RunConfig)
@@ -134,7 +133,8 @@ def jobs_of(
         if arm.balanced:
             raw["budgets"] = _all_given(_balanced(raw, drop_order))
         return [Job(name, seed, None, raw)]
-    smaller = [budget for budget, entry in family.items() if entry != _whole(raw)]
+    whole = _whole(raw)
+    smaller = [budget for budget, entry in family.items() if entry != whole]
     return [Job(name, seed, b, _alone(raw, b, family[b], len(smaller))) for b in smaller]
 
 
@@ -151,8 +151,9 @@ def _balanced(raw: Mapping[str, Any], drop_order: Sequence[int]) -> dict[str, di
     config = parse({**raw, "run_dir": "run"}, RunConfig)
     shape = _shape(config)
     space, targets = Space.build(config.space, shape), targets_of(config.budgets, shape)
-    order = drop_order or stand_in_drop_order(space, config.importance)
-    family = balanced_family(space, order, targets, config.space.tolerance, config.space.nested)
+    family = balanced_family(
+        space, drop_order, targets, config.space.tolerance, config.space.nested
+    )
     return {name: choice.architecture.to_json() for name, choice in family.items()}
 
 

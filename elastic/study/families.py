@@ -19,7 +19,8 @@ from elastic.members.search import Search, chains
 from elastic.members.targets import smaller_budgets, targets_of
 from elastic.parent.weights import load_parent
 from elastic.routing.table import span
-from elastic.storage.manifest import ENERGIES, Manifest, elastic_directory
+from elastic.storage.files import elastic_directory
+from elastic.storage.manifest import ENERGIES, Manifest
 from elastic.study.compare import Record
 
 MOST = 256

@@ -24,10 +24,9 @@ def blank(setup: Setup) -> HybridParent:
     return HybridParent(setup.shape, setup.kernels, checkpointing)
 
 
-def initial(setup: Setup, draw: int = 0) -> HybridParent:
-    """Random weights, where pretraining starts; a function of the seed. Another `draw` is another
-    start."""
-    return blank(setup).initialise(torch.Generator().manual_seed(setup.config.seed + draw))
+def initial(setup: Setup, seed: int) -> HybridParent:
+    """Random weights, a function of `seed`."""
+    return blank(setup).initialise(torch.Generator().manual_seed(seed))
 
 
 def load(setup: Setup, directory: Path) -> HybridParent:

@@ -1,8 +1,7 @@
 """Step 2 of a run: take the run directory."""
 
 from elastic.parent.sealed import seal_parent
-from elastic.storage.files import recover, sweep
-from elastic.storage.manifest import elastic_directory
+from elastic.storage.files import elastic_directory, recover, sweep
 from elastic.training.run_dir import write_config
 from elastic.training.setup import Setup
 

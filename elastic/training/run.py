@@ -9,7 +9,8 @@ from elastic.cluster.signals import StopSignals
 from elastic.config import ConfigError, RunConfig
 from elastic.importance import Ranking
 from elastic.parent import HybridParent
-from elastic.storage.manifest import elastic_directory
+from elastic.routing.curriculum import draw_seed
+from elastic.storage.files import elastic_directory
 from elastic.storage.seals import SealBroken, Seals, damage
 from elastic.training.build import cached_teacher, family_of, initial, online_teacher
 from elastic.training.check import check
@@ -22,10 +23,6 @@ from elastic.training.train import Fitting, train_stages
 from elastic.training.write import is_written, keep_stage, write_elastic, write_parent
 
 log = logging.getLogger(__name__)
-
-RANDOM_START = 2
-"""Draw of a random start for members: not the one from which the parent was trained, nor the
-router's."""
 
 
 class Run:
@@ -118,7 +115,9 @@ class Run:
             return
         if there:
             log.warning("%s: the parent is written again", problem)
-        trained = list(train_stages(setup, fitting, stages, lambda: initial(setup)))
+        trained = list(
+            train_stages(setup, fitting, stages, lambda: initial(setup, setup.config.seed))
+        )
         last = stages[-1]
         saved = trained[-1][1] if trained else self.store.end_of(last.index, last.name, last.steps)
         if saved is None:  # the newest checkpoint holds a student by now
@@ -133,7 +132,7 @@ class Run:
         """The weights that the members begin with."""
         if self.setup.config.curriculum.start == "random":
             log.info("the members start from random weights")
-            return initial(self.setup, draw=RANDOM_START)
+            return initial(self.setup, draw_seed(self.setup.config.seed, "random start"))
         return sorted_parent(self.setup, ranking)
 
     def _train_family(self, fitting: Fitting) -> Path:

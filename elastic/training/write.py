@@ -26,8 +26,8 @@ from elastic.parent.small_files import copy_small_files, licence_of
 from elastic.parent.weights import open_weights, save_weights
 from elastic.routing.curriculum import Stage
 from elastic.routing.family import Family
-from elastic.storage.files import atomic_directory, digest
-from elastic.storage.manifest import ENERGIES, MEMBERS, Manifest, Member, elastic_directory
+from elastic.storage.files import atomic_directory, digest, elastic_directory
+from elastic.storage.manifest import ENERGIES, MEMBERS, Manifest, Member
 from elastic.storage.seals import REMEDY, Seals, damage
 from elastic.storage.writing import Pending
 from elastic.training.resume import Pieces

@@ -1,14 +1,13 @@
 """The most balanced family, against every combination of members within tolerance."""
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
 from helpers.goals import in_params
-from helpers.spaces import SHAPE, space_of
+from helpers.spaces import SHAPE, everything, space_of
 from helpers.strategies import NANO_12B
 
-from elastic.config import AXES, ImportanceConfig, SpaceConfig
+from elastic.config import ImportanceConfig, SpaceConfig
 from elastic.members.architecture import Architecture, Space
 from elastic.members.balanced import balanced_family, common_factor
 from elastic.members.cost import parameters
@@ -41,23 +40,14 @@ def unbalance(space: Space, target: int, choice: Choice) -> float:
     )
 
 
-def every_member() -> list[Choice]:
-    found = []
-    for indices in itertools.product(*(range(len(SPACE.choices[axis])) for axis in AXES)):
-        selection = {axis: (index,) for axis, index in zip(AXES, indices, strict=True)}
-        member = SPACE.architecture(selection, ORDER)
-        found.append(Choice(selection, member, parameters(SHAPE, member)))
-    return found
-
-
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("shares", [(1.0, 0.75, 0.5), (0.8, 0.6), (0.8, 0.5), (0.72,), (0.9, 0.55)])
 def test_no_family_within_tolerance_is_more_balanced(shares: Sequence[float], nested: bool) -> None:
     targets = {f"{share:g}": round(share * FULL) for share in shares}
     groups = [
-        [c for c in every_member() if abs(c.params - target) <= 0.05 * target]
+        [c for c in everything(SPACE, ORDER) if abs(c.params - target) <= 0.05 * target]
         if target != FULL
-        else every_member()[:1]
+        else everything(SPACE, ORDER)[:1]
         for target in targets.values()
     ]
     names = list(targets)

@@ -1,19 +1,18 @@
 """What budgets ask for: every unit counted in two ways, several units at once, and their order."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.spaces import FULL, SHAPE, selection, space_of
+from helpers.spaces import FULL, SHAPE, everything, selection, space_of
 from helpers.strategies import NANO_12B, architectures, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import AXES, UNITS, WEIGHT_BYTES, BudgetConfig, ConfigError, SpaceConfig
+from elastic.config import UNITS, WEIGHT_BYTES, BudgetConfig, ConfigError, SpaceConfig
 from elastic.members import cost
-from elastic.members.architecture import Architecture, Space
+from elastic.members.architecture import Architecture
 from elastic.members.balanced import balanced_family
 from elastic.members.goals import Goal, Measure, Target
 from elastic.members.search import Choice, Search
@@ -64,19 +63,6 @@ def goal(unit: str, value: int, **more: int) -> Goal:
     return Goal(measure, value, measure.exact(SHAPE, WHOLE))
 
 
-def every_choice(space: Space) -> list[Choice]:
-    per_axis = [
-        itertools.product(range(len(space.choices[axis])), repeat=space.decisions(axis))
-        for axis in AXES
-    ]
-    found = []
-    for indices in itertools.product(*per_axis):
-        picked = dict(zip(AXES, indices, strict=True))
-        member = space.architecture(picked, DROP)
-        found.append(Choice(picked, member, cost.parameters(SHAPE, member)))
-    return found
-
-
 SPACES = {
     "alike": space_of(
         hidden=[16, 14, 12, 10], ffn=[32, 24, 16], mamba_heads=[6, 4, 2],
@@ -109,7 +95,7 @@ def test_the_most_probable_member_meets_all_goals(name: str, asked: str, seed: i
     """Against every member of the space, each unit counted by `Measure.exact`."""
     space, tolerance = SPACES[name], 0.04
     rng = np.random.default_rng(seed)
-    members = every_choice(space)
+    members = everything(space, DROP)
     wanted = members[rng.integers(1, len(members))].architecture
     goals = [
         goal(unit, Measure(unit, **more).exact(SHAPE, wanted), **more)  # type: ignore[arg-type]
@@ -127,11 +113,11 @@ def test_the_most_probable_member_meets_all_goals(name: str, asked: str, seed: i
             logs[axis][i, index] for axis, indices in picked for i, index in enumerate(indices)
         )
 
-    met = [m for m in members if abs(target.off(m.architecture)) <= tolerance]
+    met = [m for m in members if abs(target.off_by(m.architecture)) <= tolerance]
     if not target.whole:
         search = Search(space, DROP, tolerance)
         found = search.family({"small": target}, {"small": logs}, True)["small"]
-        assert abs(target.off(found.architecture)) <= tolerance
+        assert abs(target.off_by(found.architecture)) <= tolerance
         assert score(found) == pytest.approx(max(map(score, met)))
         listed = {m.architecture for m in search.members(target, logs, 10**6)}
         assert listed <= {m.architecture for m in met}
@@ -148,7 +134,7 @@ def test_goals_that_cannot_hold_together_name_the_nearest_member() -> None:
     search = Search(space, (), 0.01)
     with pytest.raises(ConfigError) as error:
         search.family({"small": target}, {"small": {}}, True)
-    off = {m.architecture: abs(target.off(m.architecture)) for m in every_choice(space)}
+    off = {m.architecture: abs(target.off_by(m.architecture)) for m in everything(space, DROP)}
     nearest = min(off, key=off.__getitem__)
     sizes = " with ".join(g.measure.text(g.measure.exact(SHAPE, nearest)) for g in target.goals)
     assert str(error.value) == (
@@ -163,7 +149,7 @@ def test_a_balanced_family_meets_other_units_too() -> None:
     targets = targets_of(dict(zip("ab", (BudgetConfig(**a) for a in asked), strict=True)), SHAPE)
     family = balanced_family(space, DROP, targets, 0.05, True)
     for name, choice in family.items():
-        assert abs(targets[name].off(choice.architecture)) <= 0.05
+        assert abs(targets[name].off_by(choice.architecture)) <= 0.05
 
 
 # Settings

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 from helpers.goals import in_params
-from helpers.spaces import FULL, SHAPE, selection, space_of
+from helpers.spaces import FULL, SHAPE, everything, selection, space_of
 from helpers.strategies import NANO_12B
 
 from elastic.config import AXES, ConfigError, SpaceConfig
@@ -61,20 +61,6 @@ def score(logs: Mapping[str, np.ndarray], selection: Selection) -> float:
         for axis in logs
         for position, index in enumerate(selection[axis])
     )
-
-
-def everything(space: Space, drop_order: Sequence[int] = DROP) -> list[Choice]:
-    """All selections of a space, with their architecture and exact size."""
-    per_axis = [
-        itertools.product(range(len(space.choices[axis])), repeat=space.decisions(axis))
-        for axis in AXES
-    ]
-    members = []
-    for indices in itertools.product(*per_axis):
-        selection = dict(zip(AXES, indices, strict=True))
-        architecture = space.architecture(selection, tuple(drop_order))
-        members.append(Choice(selection, architecture, parameters(space.shape, architecture)))
-    return members
 
 
 def allowed(members: list[Choice], target: int, tolerance: float, full: int) -> list[Choice]:
@@ -145,7 +131,7 @@ def some_targets(members: list[Choice], seed: int) -> dict[str, int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_homogeneous_family_is_the_most_probable_one(seed: int, nested: bool) -> None:
     space = homogeneous_space(seed)
-    members = everything(space)
+    members = everything(space, DROP)
     targets = some_targets(members, seed)
     logs = random_logs(space, list(targets), seed)
     expected = brute_force(members, targets, logs, 0.03, nested)
@@ -164,7 +150,7 @@ def test_the_brute_force_sees_reachable_and_unreachable_and_what_nesting_costs()
     found, costs = [], 0
     for seed in range(8):
         space = homogeneous_space(seed)
-        members = everything(space)
+        members = everything(space, DROP)
         targets = some_targets(members, seed)
         logs = random_logs(space, list(targets), seed)
         nested, free = (brute_force(members, targets, logs, 0.03, n) for n in (True, False))
@@ -176,7 +162,7 @@ def test_the_brute_force_sees_reachable_and_unreachable_and_what_nesting_costs()
 def test_nesting_gives_up_the_best_small_member_for_the_best_pair() -> None:
     """The medium budget wants a narrow MLP, the small one a wide MLP: they must agree."""
     space = space_of(hidden=[16, 12, 8], ffn=[32, 20, 8])
-    members = everything(space)
+    members = everything(space, DROP)
     sizes = {m.architecture: m.params for m in members}
     targets = {"full": max(sizes.values()), "medium": 6500, "small": 5000}
     logs = random_logs(space, list(targets), 0)
@@ -247,7 +233,7 @@ LAYERED = {
 def test_a_single_budget_gets_the_most_probable_layers(name: str, seed: int) -> None:
     """Dropped layers included: their choices count in the total as well."""
     space = LAYERED[name]
-    members = everything(space)
+    members = everything(space, DROP)
     targets = some_targets(members, seed)
     search = Search(space, DROP, 0.03)
     logs = random_logs(space, list(targets), seed)
@@ -267,7 +253,7 @@ def test_the_layers_can_outweigh_the_other_axes() -> None:
     logs = random_logs(space, ["small"], 0)
     logs["small"]["hidden"] = np.log([[0.5, 0.3, 0.2]])
     logs["small"]["ffn"] = np.tile(np.log([[0.9, 0.01, 0.09]]), (2, 1))
-    target, members = 7637, everything(space)
+    target, members = 7637, everything(space, DROP)
     widths = {m.architecture.hidden_size for m in allowed(members, target, 0.022, FULL)}
     assert widths == {16, 15, 13}
     choice = Search(space, DROP, 0.022).family(in_params(SHAPE, {"small": target}), logs, True)[
@@ -283,7 +269,7 @@ def test_the_layers_can_outweigh_the_other_axes() -> None:
 def test_a_heterogeneous_family_is_nested_on_every_layer(name: str, seed: int) -> None:
     """In tolerance, nested, and without nesting the best of every budget."""
     space = LAYERED[name]
-    members = everything(space)
+    members = everything(space, DROP)
     targets = some_targets(members, seed)
     logs = random_logs(space, list(targets), seed)
     search = Search(space, DROP, 0.03)
@@ -330,7 +316,7 @@ def closest(sizes: Sequence[int], target: int) -> str:
 @pytest.mark.parametrize("name", ["homogeneous", *LAYERED])
 def test_an_unreachable_target_names_the_closest_sizes(name: str) -> None:
     space = homogeneous_space(1) if name == "homogeneous" else LAYERED[name]
-    sizes = sorted({member.params for member in everything(space)})
+    sizes = sorted({member.params for member in everything(space, DROP)})
     gaps = sorted(zip(sizes, sizes[1:], strict=False), key=lambda pair: pair[0] - pair[1])
     targets = [sizes[0] // 2, *((low + high) // 2 for low, high in gaps[:4])]
     for target in targets:
@@ -347,7 +333,7 @@ def test_an_unreachable_target_names_the_closest_sizes(name: str) -> None:
 def test_a_budget_that_only_fails_inside_the_larger_one_says_so() -> None:
     """Each target has one member: wide and shallow, narrow and deep."""
     space = space_of(hidden=[16, 8], ffn=[32, 8])
-    members = everything(space)
+    members = everything(space, DROP)
     sizes = {(m.selection["hidden"][0], m.selection["ffn"][0]): m.params for m in members}
     narrow, thin = sizes[1, 0], sizes[0, 1]
     targets = {"medium": max(narrow, thin), "small": min(narrow, thin)}

@@ -43,9 +43,9 @@ def test_every_candidate_has_the_size_of_its_member() -> None:
     for candidate in found:
         member = member_of(SPACE, candidate)
         member.check(SHAPE)
-        assert candidate.cost(PARAMS, SHAPE) == parameters(SHAPE, member)
+        assert PARAMS.of(SHAPE, candidate.hidden, candidate.layers) == parameters(SHAPE, member)
         cache = Measure("cache_bytes", context=9)
-        assert candidate.cost(cache, SHAPE) == cache.exact(SHAPE, member)
+        assert cache.of(SHAPE, candidate.hidden, candidate.layers) == cache.exact(SHAPE, member)
 
 
 def test_heterogeneous_axes_are_counted_alike_in_all_layers() -> None:
@@ -57,11 +57,11 @@ def test_within_tolerance_is_what_a_filter_leaves() -> None:
     full = parameters(SHAPE, Architecture.full(SHAPE))
     targets = {"full": full, "half": full // 2}
     found = within_tolerance(SPACE, ORDER, in_params(SHAPE, targets), 0.03)
-    assert [c.cost(PARAMS, SHAPE) for c in found["full"]] == [full]
+    assert [PARAMS.of(SHAPE, c.hidden, c.layers) for c in found["full"]] == [full]
     near = [
         c
         for c in candidates(SPACE, ORDER)
-        if abs(c.cost(PARAMS, SHAPE) - full // 2) <= 0.03 * (full // 2)
+        if abs(PARAMS.of(SHAPE, c.hidden, c.layers) - full // 2) <= 0.03 * (full // 2)
     ]
     assert near and set(found["half"]) == set(near)
 

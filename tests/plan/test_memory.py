@@ -24,7 +24,7 @@ from elastic.members.search import Search
 from elastic.members.targets import smaller_budgets, stand_in_drop_order, targets_of
 from elastic.parent import HybridParent, Keep, Member, ssd, ssd_ref
 from elastic.plan import blocks, memory
-from elastic.plan.memory import Run, pass_memory, static_memory
+from elastic.plan.memory import Run, pass_memory, router_weights, static_memory
 from elastic.routing.masks import hard_keep
 from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router, RouterOptimizer
@@ -120,8 +120,17 @@ def planned(
 def rounded_weights(shape: ParentShape, checkpointing: bool, precision: str) -> float:
     """Copies of the weights that autocast makes, which the plan counts as weights."""
     space = Space.build(SpaceConfig(), shape)
-    own = static_memory(base(True, precision), shape, space).weights
-    return static_memory(base(checkpointing, precision), shape, space).weights - own
+    own = static_memory(
+        base(True, precision), shape, router_weights(base(True, precision), space)
+    ).weights
+    return (
+        static_memory(
+            base(checkpointing, precision),
+            shape,
+            router_weights(base(checkpointing, precision), space),
+        ).weights
+        - own
+    )
 
 
 @pytest.mark.parametrize("shape", [SHAPE, WIDE, dataclasses.replace(SHAPE, tied_head=True)])
@@ -129,7 +138,9 @@ def test_weights_gradients_optimizer_and_teacher_are_exact(shape: ParentShape) -
     parent = HybridParent(shape).initialise(torch.Generator())
     step = TrainingStep(parent, torch.zeros(1, 9, dtype=torch.int64), 64, "32-true", distils=True)
     step()
-    plan = static_memory(base(False), shape, Space.build(SpaceConfig(), shape))
+    plan = static_memory(
+        base(False), shape, router_weights(base(False), Space.build(SpaceConfig(), shape))
+    )
     weights = list(parent.parameters())
     assert isinstance(step.teacher, OnlineTeacher)
     states = [value for state in step.optimizer.state.values() for value in state.values()]
@@ -149,7 +160,7 @@ def test_a_router_over_families_is_exact() -> None:
     families = nested_families(search, targets_of(config.budgets, space.shape), config.space.nested)
     router = FamilyRouter(families, config.router, torch.Generator())
     count = sum(weight.numel() for weight in router.parameters())
-    planned_bytes = static_memory(config, config.parent.shape, space).router
+    planned_bytes = static_memory(config, config.parent.shape, router_weights(config, space)).router
     assert planned_bytes == 16 * count
 
 
@@ -168,7 +179,7 @@ def test_the_router_is_exact() -> None:
     optimizer = RouterOptimizer(router, OptimConfig())
     optimizer.step(1e-3)
     tensors += [s for state in optimizer.adam.state.values() for s in state.values() if s.ndim]
-    plan = static_memory(config, config.parent.shape, space)
+    plan = static_memory(config, config.parent.shape, router_weights(config, space))
     assert plan.router == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -242,7 +253,9 @@ def test_zero_partitions_what_its_stage_says() -> None:
             config.trainer,
             strategy=strategy, devices=world, offload_optimizer=offload, micro_batch_tokens=None,
         )  # fmt: skip
-        static = static_memory(dataclasses.replace(config, trainer=trainer), SHAPE, space)
+        static = static_memory(
+            dataclasses.replace(config, trainer=trainer), SHAPE, router_weights(config, space)
+        )
         return tuple(
             round(part / count, 9) for part in (static.weights, static.gradients, static.optimizer)
         )

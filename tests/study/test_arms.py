@@ -59,7 +59,7 @@ def trained_tokens(config: RunConfig) -> int:
 
 def configs(name: str, seed: int = 3, study: StudySettings = TINY) -> list[RunConfig]:
     family = None if name == study.run[0] else family_of(study)
-    return [job.config(Path("r")) for job in jobs_of(study, name, seed, PARENT, family)]
+    return [job.config(Path("r")) for job in jobs_of(study, name, seed, PARENT, family, ORDER)]
 
 
 @pytest.mark.parametrize("name", STUDIES)
