@@ -14,8 +14,6 @@ from elastic.config import ConfigError, EvaluateConfig
 from elastic.evaluate.family import evaluate
 from elastic.training.launch import launch
 
-KEPT = ["keep_stages=true"]
-
 
 def test_the_checkpoint_of_every_stage_is_kept_where_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -23,10 +21,10 @@ def test_the_checkpoint_of_every_stage_is_kept_where_that_is_asked_for(
     """A run that is stopped where `short` has ended keeps that checkpoint when it goes on; another
     one measures it."""
     run_dir = tmp_path / "run"
-    stop_at([10 + 16 + 1], run_dir, monkeypatch, *KEPT)
+    stop_at([10 + 16 + 1], run_dir, monkeypatch, "keep_stages=true")
     at_the_end = weights_of(run_dir)
     shutil.rmtree(run_dir / "elastic-short")  # as if it had been killed just before
-    launch(brief(run_dir, *KEPT))
+    launch(brief(run_dir, "keep_stages=true"))
     kept = load_file(run_dir / "elastic-short" / "model.safetensors")
     assert all(torch.equal(at_the_end[name], weight) for name, weight in kept.items())
     last = weights_of(run_dir)
@@ -41,6 +39,10 @@ def test_the_checkpoint_of_every_stage_is_kept_where_that_is_asked_for(
     with pytest.raises(ConfigError) as error:
         evaluate(EvaluateConfig(run_dir=str(run_dir), stage="middle"))
     assert str(error.value).endswith("kept are elastic-long, elastic-short")
+    inside = str(run_dir / "elastic-short" / "family.json")
+    with pytest.raises(ValueError, match="elastic-short"):
+        evaluate(EvaluateConfig(run_dir=str(run_dir), output=inside))
+    assert not Path(inside).exists()
 
 
 def test_members_may_start_from_random_weights(tmp_path: Path) -> None:
