@@ -47,7 +47,7 @@ class Variant:
     """How one fit trains."""
 
     frozen: bool
-    passes: str
+    passes: int
     """As `budgets_per_batch` in a stage."""
     budget: str | None = None
     """The only budget that is drawn; None draws by the stage's probabilities."""
@@ -104,10 +104,11 @@ def variants_of(budgets: list[str]) -> dict[str, Variant]:
     variants = {}
     for phase in ("soft", "frozen"):
         for budget in budgets:
-            variants[f"{phase} {budget}"] = Variant(phase == "frozen", "one", budget)
-    for teacher, prefix in (("replicated", ""), ("in_place", "in_place_")):
-        for passes in ("all", "sandwich"):
-            variants[prefix + passes] = Variant(True, passes, teacher=teacher)
+            variants[f"{phase} {budget}"] = Variant(phase == "frozen", 1, budget)
+    count = len(budgets)
+    for passes in range(2, count + 1):
+        variants[f"{passes} of {count}"] = Variant(True, passes)
+    variants["all, in place"] = Variant(True, count, teacher="in_place")
     return variants
 
 

@@ -106,10 +106,10 @@ class RunBenchConfig(BenchConfig):
         )
         descending = all(a > b for a, b in zip(self.shares, self.shares[1:], strict=False))
         require(
-            descending and len(self.shares) >= 3 and self.shares[0] == 1,
+            descending and len(self.shares) >= 2 and self.shares[0] == 1,
             "shares",
             self.shares,
-            "three or more, descending from 1: the full budget teaches, a sandwich has a middle",
+            "two or more, descending from 1: the full budget teaches",
         )
         one_of("precision", self.precision, PRECISIONS)
         require(

@@ -71,18 +71,13 @@ class RunConfig:
         for name, stage in self.curriculum.stages.items():
             where = f"curriculum.stages.{name}"
             _check_listed(f"{where}.budget_probabilities", stage.budget_probabilities, self.budgets)
-            passes = f"{where}.budgets_per_batch", stage.budgets_per_batch
+            given = stage.budget_probabilities
+            drawn = sum(given.get(n, 0) > 0 for n in self.budgets) if given else len(self.budgets)
             require(
-                stage.budgets_per_batch != "sandwich" or len(self.budgets) >= 3,
-                *passes,
-                f"one or all unless there are three budgets; there are {len(self.budgets)}",
-            )
-            require(
-                self.objective.teacher != "in_place"
-                or stage.mode == "pretrain"
-                or stage.budgets_per_batch != "one",
-                *passes,
-                "all or sandwich with objective.teacher=in_place: the full budget teaches the rest",
+                stage.budgets_per_batch <= drawn,
+                f"{where}.budgets_per_batch",
+                stage.budgets_per_batch,
+                f"at most {drawn}, the budgets that are drawn in this stage",
             )
             micro, processes = self.trainer.micro_batch_tokens, self.trainer.world_size
             require(

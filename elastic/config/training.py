@@ -95,14 +95,13 @@ class StageConfig:
     batch_tokens: int
     """Tokens per optimizer step, over all processes."""
     budget_probabilities: dict[str, float] | None = None
-    """How often each budget is drawn; null draws all alike."""
+    """How much each budget counts in the mean gradient; null counts all alike."""
     draws: int = 1
     """Equal slices of a step's batch, each of which draws for itself, by strata: with 3 draws of 3
     budgets that are as probable, every step trains each of them."""
-    budgets_per_batch: str = "one"
-    """What a draw trains: `one` budget by its probability; `all` of them, their losses weighted by
-    it; or `sandwich`, the largest, the smallest and one drawn from those between, alike
-    (arXiv 1903.05134)."""
+    budgets_per_batch: int = 1
+    """Different budgets that a draw trains on its slice, each by its probability times this; where
+    that is above 1 a budget is always trained, and its loss weighted by it."""
     model_lr: float
     """Peak learning rate of the weights."""
     router_lr: float = 1e-3
@@ -142,12 +141,12 @@ class StageConfig:
             "1: a pretrain stage has no budgets",
         )
         passes = self.budgets_per_batch
-        one_of(f"{where}.budgets_per_batch", passes, ("one", "all", "sandwich"))
+        require(passes >= 1, f"{where}.budgets_per_batch", passes, "at least 1")
         require(
-            self.mode == "elastic" or passes == "one",
+            self.mode == "elastic" or passes == 1,
             f"{where}.budgets_per_batch",
             passes,
-            "one: a pretrain stage has no budgets",
+            "1: a pretrain stage has no budgets",
         )
         probabilities = self.budget_probabilities
         if probabilities is not None:

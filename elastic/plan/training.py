@@ -9,7 +9,7 @@ from elastic.members.architecture import Architecture
 from elastic.members.cost import flops_per_token
 from elastic.plan.memory import on_gpu
 from elastic.plan.ranking import ranking_work
-from elastic.routing.curriculum import Stage, budget_probabilities, plan
+from elastic.routing.curriculum import Stage, budget_probabilities, inclusion, plan
 from elastic.routing.sizes import Sizes
 
 SEPARATE_TOKENS, SCRATCH_TOKENS = 750e9, 40e12
@@ -85,14 +85,7 @@ def _soft_share(stage: Stage, freeze_at: float) -> float:
 
 def passes_per_token(stage: Stage, budgets: list[str]) -> dict[str, float]:
     """How often, on average, a token passes through each budget's member; largest first."""
-    probabilities = budget_probabilities(stage.config, budgets)
-    if stage.config.budgets_per_batch == "one":
-        return probabilities
-    if stage.config.budgets_per_batch == "all":
-        return {name: float(share > 0) for name, share in probabilities.items()}
-    between = sum(probabilities[name] for name in budgets[1:-1])
-    inner = {name: probabilities[name] / between for name in budgets[1:-1]}
-    return {budgets[0]: 1.0, **inner, budgets[-1]: 1.0}
+    return inclusion(budget_probabilities(stage.config, budgets), stage.passes)
 
 
 def gpu_hours(config: PlanConfig, flops: float) -> float:

@@ -15,6 +15,9 @@ from elastic.members.goals import Target
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, without their whole parts, fill the line from 0 to 1 most evenly."""
 
+ALWAYS = 1 - 1e-9
+"""A budget that is more probable than this is in every draw; so rounding never draws one twice."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -58,7 +61,7 @@ class Pass:
 
     budget: str
     weight: float
-    """Of its loss, in the mean over all passes of an optimizer step; they sum to their number."""
+    """Of its loss, in the mean over all passes of an optimizer step; 1 on average."""
 
 
 Passes = Sequence[Sequence[Pass]]
@@ -79,7 +82,7 @@ def plan(
         warm.setdefault(stage.mode, stage.warmup_steps * stage.batch_tokens / totals[stage.mode])
         sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size * stage.draws)
         micro = _micro_sequences(stage, trainer, sequences)
-        passes = _pass_count(stage, budgets)
+        passes = stage.budgets_per_batch
         planned.append(
             Stage(
                 name=name,
@@ -101,10 +104,30 @@ def plan(
 
 
 def budget_probabilities(stage: StageConfig, budgets: Sequence[str]) -> dict[str, float]:
-    """How often each budget is drawn in a stage; uniform unless it says otherwise."""
+    """How much each budget counts in a stage; alike unless it says otherwise."""
     if stage.budget_probabilities is None:
         return {name: 1 / len(budgets) for name in budgets}
     return {name: stage.budget_probabilities.get(name, 0.0) for name in budgets}
+
+
+def inclusion(probabilities: Mapping[str, float], count: int) -> dict[str, float]:
+    """How probable it is that a budget is among the `count` different ones of a draw.
+
+    In proportion to `probabilities`, which sum to 1, but at most 1: what is above it goes to the
+    others. The values sum to `count`; so many probabilities must be positive.
+    """
+    found = dict.fromkeys(probabilities, 0.0)
+    free = {name: share for name, share in probabilities.items() if share > 0}
+    while free:
+        left = count - sum(found.values())
+        factor = left / sum(free.values())
+        always = [name for name, share in free.items() if factor * share > ALWAYS]
+        if not always:
+            return found | {name: factor * share for name, share in free.items()}
+        for name in always:
+            found[name] = 1.0
+            del free[name]
+    return found
 
 
 def _micro_sequences(stage: StageConfig, trainer: TrainerConfig, sequences: int) -> int:
@@ -115,22 +138,15 @@ def _micro_sequences(stage: StageConfig, trainer: TrainerConfig, sequences: int)
     return max(count for count in range(1, most + 1) if sequences % count == 0)
 
 
-def _pass_count(stage: StageConfig, budgets: Sequence[str]) -> int:
-    if stage.budgets_per_batch == "all":
-        return sum(share > 0 for share in budget_probabilities(stage, budgets).values())
-    return {"one": 1, "sandwich": 3}[stage.budgets_per_batch]
-
-
 def check_budgets(
     stages: Mapping[str, StageConfig], targets: Mapping[str, Target], in_place: bool
 ) -> None:
     """Stop what only sizes can show; `targets` largest first.
 
     Raises:
-        ConfigError: a sandwich with nothing to draw for its middle; an in-place teacher that is not
-            in every batch.
+        ConfigError: an in-place teacher that is not the whole parent, or not in every batch.
     """
-    largest, *between = list(targets)[:-1] or list(targets)
+    largest = next(iter(targets))
     require(
         not in_place or targets[largest].whole,
         "objective.teacher",
@@ -139,19 +155,19 @@ def check_budgets(
         f"{targets[largest]}",
     )
     for name, stage in stages.items():
-        if stage.budget_probabilities is None:
+        if not in_place or stage.mode == "pretrain":
             continue
-        where = f"curriculum.stages.{name}.budget_probabilities", dict(stage.budget_probabilities)
         probabilities = budget_probabilities(stage, list(targets))
+        count = sum(share > 0 for share in probabilities.values())
         require(
-            stage.budgets_per_batch != "sandwich" or any(probabilities[n] > 0 for n in between),
-            *where,
-            f"positive for one of {', '.join(between)}: a sandwich draws between the ends",
-        )
-        require(
-            not in_place or stage.budgets_per_batch != "all" or probabilities[largest] > 0,
-            *where,
-            f"positive for {largest}, the teacher of the others (objective.teacher=in_place)",
+            inclusion(probabilities, stage.budgets_per_batch)[largest] == 1,
+            f"curriculum.stages.{name}.budgets_per_batch",
+            stage.budgets_per_batch,
+            f"so many that every draw trains {largest}, the teacher of the others "
+            f"(objective.teacher=in_place): {count} trains all that are drawn"
+            if probabilities[largest]
+            else f"1 or more with a positive budget_probabilities.{largest}: it is the teacher of "
+            "the others (objective.teacher=in_place)",
         )
 
 
@@ -163,23 +179,32 @@ def draw_seed(seed: int, purpose: str, *where: int) -> int:
 
 
 def draw_budgets(
-    probabilities: Mapping[str, float], draws: int, seed: int, stage: int, step: int
-) -> list[str]:
-    """The budgets of the draws of an optimizer step: a function of its arguments.
+    probabilities: Mapping[str, float], count: int, draws: int, seed: int, stage: int, step: int
+) -> list[list[str]]:
+    """The `count` different budgets of each draw of an optimizer step, in the order of
+    `probabilities`: a function of its arguments.
 
-    They are stratified, by systematic sampling: equally spaced points on the line of cumulative
-    probabilities, so that each budget comes as often as its probability says, rounded up or down.
-    From step to step the points move on by the golden section, so that what was rounded evens out.
-    The order is random.
+    Those that are in every draw (`inclusion`) apart, they are stratified, by systematic sampling.
+    A draw takes equally spaced points on the line of cumulative probabilities, and so do the draws
+    of a step, so that each budget comes as often as its probability says, rounded up or down. From
+    step to step the points move on by the golden section, so that what was rounded evens out. The
+    order of the draws is random.
     """
-    names = list(probabilities)
+    shares = inclusion(probabilities, count)
+    always = {name for name, share in shares.items() if share == 1}
+    names = [name for name in shares if name not in always]
     start = random.Random(draw_seed(seed, "budget", stage)).random()
     offset = (start + step * GOLDEN) % 1.0
-    ends = list(itertools.accumulate(probabilities.values()))
-    picks = [
-        names[min(bisect.bisect_right(ends, ends[-1] * (k + offset) / draws), len(names) - 1)]
-        for k in range(draws)
-    ]
+    ends = list(itertools.accumulate(shares[name] for name in names))
+    points = count - len(always)
+    picks = []
+    for draw in range(draws):
+        first = (draw + offset) / draws
+        taken = always | {
+            names[min(bisect.bisect_right(ends, ends[-1] * (k + first) / points), len(names) - 1)]
+            for k in range(points)
+        }
+        picks.append([name for name in shares if name in taken])
     random.Random(draw_seed(seed, "budget", stage, step)).shuffle(picks)
     return picks
 
@@ -188,20 +213,13 @@ def step_passes(stage: Stage, probabilities: Mapping[str, float], seed: int, ste
     """The passes over the micro-batches of every draw of an optimizer step, largest budget first;
     (draws, passes).
 
-    `probabilities` are those of every budget, largest first. `all` has the gradient that `one` has
-    on average. `sandwich` (arXiv 1903.05134) always takes both ends.
+    `probabilities` are those of every budget, largest first. However many budgets a draw trains,
+    the gradient is on average the mean of theirs, weighted by these.
     """
-    draws, kind = stage.config.draws, stage.config.budgets_per_batch
-    if kind == "one":
-        drawn = draw_budgets(probabilities, draws, seed, stage.index, step)
-        return [[Pass(name, 1.0)] for name in drawn]
-    if kind == "all":
-        taken = {name: share for name, share in probabilities.items() if share > 0}
-        return [[Pass(name, share * len(taken)) for name, share in taken.items()]] * draws
-    largest, *between, smallest = probabilities
-    middles = {name: probabilities[name] for name in between}
-    drawn = draw_budgets(middles, draws, seed, stage.index, step)
-    return [[Pass(name, 1.0) for name in (largest, middle, smallest)] for middle in drawn]
+    count = stage.passes
+    shares = inclusion(probabilities, count)
+    drawn = draw_budgets(probabilities, count, stage.config.draws, seed, stage.index, step)
+    return [[Pass(n, count * probabilities[n] / shares[n]) for n in names] for names in drawn]
 
 
 def learning_rate_factor(stage: Stage, step: int, held_until: float) -> float:

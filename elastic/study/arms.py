@@ -79,6 +79,7 @@ def parent_settings(study: StudySettings, run_dir: Path) -> RunConfig:
             "warmup_steps": 0,
             "model_lr": NO_RATE,
             "draws": 1,
+            "budgets_per_batch": 1,
             "budget_probabilities": None,
         }
     return parse(raw, RunConfig)
@@ -192,7 +193,7 @@ def _alone(
         stages[name] = stage | {
             "tokens": steps * stage["batch_tokens"],
             "budget_probabilities": None,
-            "budgets_per_batch": "one",
+            "budgets_per_batch": 1,
             "draws": 1,
         }
     curriculum = raw["curriculum"] | {"stages": stages}

@@ -2,7 +2,7 @@
 arm, averaged over seeds, with standard errors over documents."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,24 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How a member differs from the first arm's, paired by seed and document."""
+
+    mean: float
+    """In nats per token."""
+    error: float
+    """Standard error of it, over documents."""
+    share: float
+    """Of the first arm's figure."""
+    same_sign: bool
+    """Whether each seed's has the sign of the mean."""
+
+    def __str__(self) -> str:
+        errors = f"{self.mean / self.error:+.1f}" if self.error else "-"
+        return f"{self.share:+.1%} ({errors})" + ("" if self.same_sign else " ~")
+
+
+@dataclass(frozen=True)
 class Row:
     """A member of an arm, averaged over seeds; losses in nats per token."""
 
@@ -67,11 +85,9 @@ class Row:
     kl: tuple[float, float]
     by_seed: list[float]
     """KL of every seed."""
-    difference: tuple[float, float] | None
-    """KL less that of the first arm, paired, and its standard error; None for the first arm, and
-    for a member that it does not have."""
-    same_sign: bool | None
-    """Whether each seed's difference has the sign of the mean."""
+    versus: Mapping[str, Difference]
+    """`excess` and `kl` beside the first arm's; empty for that arm, and for a member that it does
+    not have."""
 
 
 def rows(study: StudySettings, records: Sequence[Record]) -> list[Row]:
@@ -98,11 +114,6 @@ def _row(
     excess = [record.sums(budget, "excess") for record in seeds.values()]
     parents = [np.asarray(record.value["parent"]["loss"]).sum() for record in seeds.values()]
     mean_excess = mean_over_seeds(excess, tokens)
-    difference, same = None, None
-    if first is not None:
-        each = [kls[seed] - first[seed].sums(budget, "kl") for seed in seeds]
-        difference = mean_over_seeds(each, tokens)
-        same = all(np.sign(one.sum()) == np.sign(difference[0]) for one in each)
     sizes = [record.value["members"][budget]["params"] for record in seeds.values()]
     return Row(
         arm=arm,
@@ -113,8 +124,27 @@ def _row(
         relative=float(mean_excess[0] * tokens.sum() / np.mean(parents)),
         kl=mean_over_seeds(list(kls.values()), tokens),
         by_seed=[mean_and_error(each, tokens)[0] for each in kls.values()],
-        difference=difference,
-        same_sign=same,
+        versus={}
+        if first is None
+        else {name: _difference(budget, name, seeds, first) for name in ("excess", "kl")},
+    )
+
+
+def _difference(
+    budget: str, figure: str, seeds: Mapping[int, Record], first: Mapping[int, Record]
+) -> Difference:
+    tokens = next(iter(seeds.values())).documents
+    firsts = [first[seed].sums(budget, figure) for seed in seeds]
+    each = [
+        record.sums(budget, figure) - other
+        for record, other in zip(seeds.values(), firsts, strict=True)
+    ]
+    mean, error = mean_over_seeds(each, tokens)
+    return Difference(
+        mean=mean,
+        error=error,
+        share=mean / mean_over_seeds(firsts, tokens)[0],
+        same_sign=all(np.sign(one.sum()) == np.sign(mean) for one in each),
     )
 
 
@@ -134,13 +164,6 @@ def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
     """Both tables, as lines of at most 100 columns."""
     lines = []
     for row in rows(study, records):
-        versus, errors, sign = "", "", ""
-        if row.difference is not None:
-            mean, error = row.difference
-            base = row.kl[0] - mean
-            versus = f"{mean / base:+.1%}"
-            errors = f"{mean / error:+.1f}" if error else "-"
-            sign = "yes" if row.same_sign else "no"
         lines.append(
             [
                 row.arm,
@@ -148,15 +171,13 @@ def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
                 short(row.params),
                 str(row.seeds),
                 f"{row.relative:+.2%}",
+                str(row.versus.get("excess", "")),
                 f"{row.kl[0]:.4f} +- {row.kl[1]:.4f}",
-                versus,
-                errors,
-                sign,
+                str(row.versus.get("kl", "")),
             ]
         )
     header = (
-        "arm", "member", "params", "seeds", "loss", "KL", f"KL to {study.run[0]}'s", "errors",
-        "each seed",
+        "arm", "member", "params", "seeds", "loss", "(errors)", "KL", "(errors)",
     )  # fmt: skip
     costs = [
         [arm, *(short(each[name]) for name in ("tokens", "student_flops", "teacher_flops")),
@@ -174,25 +195,30 @@ def write_figures(directory: Path, study: StudySettings, records: Sequence[Recor
         "experiment": study.experiment,
         "documents": len(records[0].documents),
         "tokens": int(records[0].documents.sum()),
-        "rows": [vars(row) for row in rows(study, records)],
+        "rows": [asdict(row) for row in rows(study, records)],
         "cost": cost(records),
     }
     write_json(directory / f"{study.name}.json", value)
 
 
-def write_tables(directory: Path, study: StudySettings, shown: Sequence[str]) -> Path:
-    """`<name>.md`, with tables as they were printed."""
+def write_tables(
+    directory: Path, study: StudySettings, shown: Sequence[str], plot: Path | None = None
+) -> Path:
+    """`<name>.md`, with tables as they were printed, and a figure beside it."""
     text = [
         f"# {study.name}",
         "",
         f"Written by `elastic study study={study.name}`: experiment `{study.experiment}`, "
-        f"{len(study.seeds)} seed(s), on text by which nothing was chosen. KL to the parent is in "
-        "nats per token; standard errors are over documents, differences are paired and averaged "
-        "over seeds. Seconds are of runs that may have shared the machine.",
+        f"{len(study.seeds)} seed(s), on text by which nothing was chosen. Loss is the relative "
+        "distance from the parent's, KL to the parent is in nats per token, with its standard "
+        f"error over documents. Behind each: how far it is above that of `{study.run[0]}`, in "
+        "percent and in standard errors of the difference, paired by seed and document; `~` where "
+        "a seed has the other sign. Seconds are of runs that may have shared the machine.",
         "",
         "```text",
         *shown,
         "```",
+        *([] if plot is None else ["", f"![KL and FLOPs of every arm]({plot.name})"]),
     ]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{study.name}.md"

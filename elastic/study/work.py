@@ -16,8 +16,9 @@ from elastic.storage.files import require_writable, write_json
 from elastic.storage.foreign import read_object
 from elastic.storage.seals import Seals
 from elastic.study.arms import Job, family_job, jobs_of, parent_settings
-from elastic.study.compare import Record, tables, write_figures, write_tables
+from elastic.study.compare import Record, cost, rows, tables, write_figures, write_tables
 from elastic.study.families import MOST, Entries, Judgement, best_families, judgement, lines
+from elastic.study.plot import write_plot
 from elastic.study.run import Task, answer
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,17 @@ def work(config: StudyConfig) -> None:
     seals = Seals.read(parent)
     assert seals is not None
     doing = Study(config, parent, seals.digest)
+    plot = None
     if study.families:
         shown = lines(doing.judge())
     else:
         records = doing.carry_out()
         shown = tables(study, records)
         write_figures(output, study, records)
+        plot = output / f"{study.name}.svg"
+        write_plot(plot, rows(study, records), cost(records))
     print("\n".join(shown))
-    path = write_tables(output, study, shown)
+    path = write_tables(output, study, shown, plot)
     print(f"written to {path}")
 
 

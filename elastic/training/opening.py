@@ -190,14 +190,11 @@ def _shares(stage: Stage, budgets: list[str]) -> str:
     """How often each budget is trained in a stage, largest first, in percent."""
     if stage.config.mode == "pretrain":
         return "-"
-    how = stage.config.budgets_per_batch
-    if how == "sandwich":
-        return "sandwich"
     shares = budget_probabilities(stage.config, budgets)
-    if len(set(shares.values())) == 1:
-        return "alike" if how == "one" else "all, alike"
     text = "/".join(f"{100 * shares[name]:.3g}" for name in budgets) + "%"
-    return text if how == "one" else f"all, {text}"
+    if len(set(shares.values())) == 1:
+        text = "alike"
+    return text if stage.passes == 1 else f"{stage.passes} of {len(budgets)}, {text}"
 
 
 def _places(config: RunConfig) -> list[str]:

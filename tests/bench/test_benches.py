@@ -87,7 +87,7 @@ PROMISED = {
         *(f"tokens_per_second.{phase}" for phase in ("soft", "frozen")),
         *(
             f"seconds_per_1k_budget_tokens.{name}"
-            for name in ("one", "all", "sandwich", "in_place_all", "in_place_sandwich")
+            for name in ("one", "2 of 3", "3 of 3", "all, in place")
         ),
     ],
     "scan": [
@@ -197,7 +197,7 @@ def test_the_command_prints_a_table_and_writes_its_figures(tmp_path: Path) -> No
         (["loss", "speed=1"], ["speed", "unknown", "chunk_tokens"]),
         (["loss", "chunk_tokens=0"], ["chunk_tokens=0", "positive"]),
         (["step", "shares=[0.5,1.0]"], ["shares=[0.5, 1.0]", "below 1"]),
-        (["run", "shares=[1.0,0.5]"], ["shares=[1.0, 0.5]", "three or more"]),
+        (["run", "shares=[1.0]"], ["shares=[1.0]", "two or more"]),
         (["profile", "parent=pretrained", "parent.path=DIR"], ["parent.path=DIR", "random"]),
         (["extract", "scale=1.5"], ["scale=1.5", "(0, 1]"]),
     ],

@@ -96,8 +96,9 @@ def test_multirun_gives_every_job_its_own_directory(tmp_path: Path) -> None:
 
 
 SHARED = [
-    "curriculum.stages.short.budgets_per_batch=all",
-    "curriculum.stages.long.budgets_per_batch=sandwich",
+    "curriculum.stages.short.budgets_per_batch=3",
+    "curriculum.stages.long.budgets_per_batch=2",
+    "curriculum.stages.long.budget_probabilities={full:0.5,medium:0.3,small:0.2}",
     "objective.teacher=in_place",
     "objective.cross_entropy_weight=0.5",
 ]

@@ -100,9 +100,9 @@ RULES: list[tuple[str, Any, str]] = [
     (f"{ALL}.budget_probabilities", {"full": 0.5}, "sum to 1 (the sum is 0.5)"),
     (f"{ALL}.budget_probabilities", {"full": 1.5, "small": -0.5}, "non-negative"),
     (f"{WARM}.budget_probabilities", {"full": 1.0}, "null: a pretrain stage has no budgets"),
-    (f"{ALL}.budgets_per_batch", "two", "one of one, all, sandwich"),
-    (f"{ALL}.budgets_per_batch", "sandwich", "one or all unless there are three budgets"),
-    (f"{WARM}.budgets_per_batch", "all", "one: a pretrain stage has no budgets"),
+    (f"{ALL}.budgets_per_batch", 0, "at least 1"),
+    (f"{ALL}.budgets_per_batch", 3, "at most 2, the budgets that are drawn in this stage"),
+    (f"{WARM}.budgets_per_batch", 2, "1: a pretrain stage has no budgets"),
     # data
     ("data.source", "web", "one of stdlib, files, hub"),
     ("data.path", "texts", "null for stdlib"),
@@ -207,7 +207,7 @@ def test_a_stage_that_lists_shares_lists_every_budget(
 def in_place(**stage: Any) -> dict[str, Any]:
     """A run whose full budget teaches, but for what the stage says."""
     settings = changed("objective", {"teacher": "in_place", "cross_entropy_weight": 0.5})
-    settings["curriculum"]["stages"]["all"].update({"budgets_per_batch": "all"} | stage)
+    settings["curriculum"]["stages"]["all"].update({"budgets_per_batch": 2} | stage)
     return settings
 
 
@@ -218,9 +218,10 @@ def test_a_teacher_in_place_learns_from_the_text() -> None:
     assert line.startswith("objective.cross_entropy_weight=0.0: must be positive with ")
 
 
-def test_a_teacher_in_place_shares_its_batches() -> None:
-    line = refusal(in_place(budgets_per_batch="one"))
-    assert line.startswith(f"{ALL}.budgets_per_batch=one: must be all or sandwich with ")
+def test_a_draw_trains_no_more_budgets_than_are_drawn() -> None:
+    settings = changed(f"{ALL}.budget_probabilities", {"full": 1.0, "small": 0.0})
+    settings["curriculum"]["stages"]["all"]["budgets_per_batch"] = 2
+    assert refusal(settings).startswith(f"{ALL}.budgets_per_batch=2: must be at most 1, the ")
 
 
 def test_there_is_a_budget() -> None:

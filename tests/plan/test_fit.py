@@ -195,11 +195,11 @@ def test_flops_are_passes_times_members() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("one", [0.5, 0.3, 0.2]), ("all", [1, 1, 1]), ("sandwich", [1, 1, 1])],
+    ("count", "expected"),
+    [(1, [0.5, 0.3, 0.2]), (2, [1, 0.6, 0.4]), (3, [1, 1, 1])],
 )
-def test_passes_per_token(mode: str, expected: list[float]) -> None:
-    config = plan_settings(REAL, f"curriculum.stages.long.budgets_per_batch={mode}")
+def test_passes_per_token(count: int, expected: list[float]) -> None:
+    config = plan_settings(REAL, f"curriculum.stages.long.budgets_per_batch={count}")
     names = list(config.budgets)
     long = plan(config.curriculum.stages, config.trainer, names)[1]
-    assert list(passes_per_token(long, names).values()) == expected
+    assert list(passes_per_token(long, names).values()) == pytest.approx(expected)

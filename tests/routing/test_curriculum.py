@@ -80,10 +80,9 @@ def test_a_draw_is_an_equal_slice_of_the_batch_on_any_number_of_processes(
 @pytest.mark.parametrize(
     ("fields", "passes"),
     [
-        ({"budgets_per_batch": "one"}, 1),
-        ({"budgets_per_batch": "all"}, 3),
-        ({"budgets_per_batch": "all", "budget_probabilities": {"full": 0.5, "small": 0.5}}, 2),
-        ({"budgets_per_batch": "sandwich"}, 3),
+        ({}, 1),
+        ({"budgets_per_batch": 2}, 2),
+        ({"budgets_per_batch": 3}, 3),
     ],
 )
 def test_a_step_passes_over_every_micro_batch_once_per_budget(
@@ -161,35 +160,29 @@ def refused(
 
 
 def test_the_teacher_in_place_is_the_whole_parent() -> None:
-    for mode in ("all", "sandwich"):
-        assert refused(budgets_per_batch=mode) is None
-        line = refused({"medium": 700, "small": 400, "tiny": 300}, budgets_per_batch=mode)
-        assert line == (
-            "objective.teacher=in_place: must be replicated unless one budget is the whole parent; "
-            "budgets.medium asks for 700 parameters"
-        )
-    assert refused({"medium": 700, "small": 400}, in_place=False, budgets_per_batch="all") is None
+    assert refused(budgets_per_batch=3) is None
+    line = refused({"medium": 700, "small": 400, "tiny": 300}, budgets_per_batch=3)
+    assert line == (
+        "objective.teacher=in_place: must be replicated unless one budget is the whole parent; "
+        "budgets.medium asks for 700 parameters"
+    )
+    assert refused({"medium": 700, "small": 400}, in_place=False, budgets_per_batch=2) is None
 
 
 def test_the_teacher_in_place_is_in_every_batch() -> None:
+    where = "curriculum.stages.last.budgets_per_batch"
+    teacher = "the teacher of the others (objective.teacher=in_place)"
+    line = refused(budgets_per_batch=2)
+    assert line == (
+        f"{where}=2: must be so many that every draw trains full, {teacher}: 3 trains all that "
+        "are drawn"
+    )
     shares = {"medium": 0.4, "small": 0.6}
-    line = refused(budgets_per_batch="all", budget_probabilities=shares)
-    assert line == (
-        f"curriculum.stages.last.budget_probabilities={shares}: must be positive for full, the "
-        "teacher of the others (objective.teacher=in_place)"
-    )
-    assert refused(budgets_per_batch="all", budget_probabilities=shares, in_place=False) is None
-    ends = {"medium": 1.0}
-    assert refused(budgets_per_batch="sandwich", budget_probabilities=ends) is None
-
-
-def test_a_sandwich_has_something_to_draw_for_its_middle() -> None:
-    ends = {"full": 0.5, "small": 0.5}
-    line = refused(budgets_per_batch="sandwich", budget_probabilities=ends, in_place=False)
-    assert line == (
-        f"curriculum.stages.last.budget_probabilities={ends}: must be positive for one of medium: "
-        "a sandwich draws between the ends"
-    )
+    line = refused(budgets_per_batch=2, budget_probabilities=shares)
+    assert line is not None and line.startswith(f"{where}=2: must be 1 or more with a positive ")
+    assert refused(budgets_per_batch=2, budget_probabilities=shares, in_place=False) is None
+    often = {"full": 0.5, "medium": 0.2, "small": 0.3}
+    assert refused(budgets_per_batch=2, budget_probabilities=often) is None
 
 
 # Learning rate

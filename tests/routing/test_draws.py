@@ -7,12 +7,15 @@ from collections import Counter
 
 import pytest
 from helpers.stages import only, stage
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic.routing.curriculum import (
     Pass,
     budget_probabilities,
     draw_budgets,
     draw_seed,
+    inclusion,
     step_passes,
 )
 
@@ -34,7 +37,7 @@ SHARES = {"a": 0.5, "b": 0.2, "c": 0.0, "d": 0.3}
 
 
 def drawn(probabilities: dict[str, float], draws: int, step: int, seed: int = 0) -> list[str]:
-    return draw_budgets(probabilities, draws, seed, 1, step)
+    return [name for (name,) in draw_budgets(probabilities, 1, draws, seed, 1, step)]
 
 
 @pytest.mark.parametrize(
@@ -76,40 +79,77 @@ def test_the_order_within_a_step_is_random() -> None:
 # Several budgets per batch
 
 
-def passes_of(kind: str, shares: dict[str, float], step: int = 0, draws: int = 1) -> list:
-    planned = only(stage(budgets_per_batch=kind, draws=draws))
+def passes_of(count: int, shares: dict[str, float], step: int = 0, draws: int = 1) -> list:
+    planned = only(stage(budgets_per_batch=count, draws=draws))
     return list(step_passes(planned, shares, 0, step))
 
 
-def test_one_budget_is_the_one_that_is_drawn() -> None:
+@pytest.mark.parametrize(
+    ("shares", "count", "expected"),
+    [
+        (SHARES, 1, SHARES),
+        ({"a": 0.1, "b": 0.4, "c": 0.5}, 2, {"a": 0.2, "b": 0.8, "c": 1.0}),
+        ({"a": 0.1, "b": 0.3, "c": 0.6}, 2, {"a": 0.25, "b": 0.75, "c": 1.0}),
+        (SHARES, 3, {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}),
+        # What the sandwich rule of arXiv 1903.05134 trains: both ends, and one between.
+        (
+            {"a": 1 / 3, "b": 1 / 6, "c": 1 / 6, "d": 1 / 3},
+            3,
+            {"a": 1.0, "b": 0.5, "c": 0.5, "d": 1.0},
+        ),
+    ],
+)
+def test_a_budget_is_in_a_draw_by_its_probability_or_always(
+    shares: dict[str, float], count: int, expected: dict[str, float]
+) -> None:
+    found = inclusion(shares, count)
+    assert list(found) == list(shares)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert all(value == 1 for name, value in found.items() if expected[name] == 1), "exactly"
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any),
+    st.integers(1, 6),
+    st.integers(1, 8),
+    st.integers(0, 10_000),
+)
+def test_a_draw_trains_different_budgets_as_often_as_it_should(
+    parts: list[int], count: int, draws: int, step: int
+) -> None:
+    """In every step each comes as often as its probability says, rounded up or down; weighted by
+    how often it comes, each counts as it should."""
+    count = min(count, sum(part > 0 for part in parts))
+    shares = {f"b{i}": part / sum(parts) for i, part in enumerate(parts)}
+    included = inclusion(shares, count)
+    assert sum(included.values()) == pytest.approx(count)
+    drawn = passes_of(count, shares, step, draws)
+    counts: Counter[str] = Counter()
+    for passes in drawn:
+        names = [each.budget for each in passes]
+        assert len(set(names)) == count and names == sorted(names), "largest first"
+        counts.update(names)
+        for each in passes:
+            assert each.weight * included[each.budget] == pytest.approx(count * shares[each.budget])
+    assert len(drawn) == draws
+    for name, share in included.items():
+        quota = share * draws
+        assert math.floor(quota + 1e-6) <= counts[name] <= math.ceil(quota - 1e-6)
+
+
+def test_one_budget_weighs_one() -> None:
     for step in range(50):
-        budgets = draw_budgets(SHARES, 5, 0, 0, step)
-        assert passes_of("one", SHARES, step, 5) == [[Pass(name, 1.0)] for name in budgets]
+        budgets = draw_budgets(SHARES, 1, 5, 0, 0, step)
+        assert passes_of(1, SHARES, step, 5) == [[Pass(name, 1.0)] for (name,) in budgets]
 
 
 def test_all_budgets_weigh_what_one_budget_does_on_average() -> None:
     """The mean over the passes is the sum by probability; what is never drawn is not passed."""
-    passes, again = passes_of("all", SHARES, draws=2)
+    passes, again = passes_of(3, SHARES, draws=2)
     assert [each.budget for each in passes] == ["a", "b", "d"], "largest first"
     assert again == passes
     for each in passes:
         assert each.weight / len(passes) == pytest.approx(SHARES[each.budget])
-    (alike,) = passes_of("all", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
-    assert [each.weight for each in alike] == [1.0, 1.0, 1.0]
-
-
-def test_a_sandwich_is_both_ends_and_one_between_by_its_probability() -> None:
-    shares = {"a": 0.9, "b": 0.06, "c": 0.0, "d": 0.02, "e": 0.02}
-    counts: Counter[str] = Counter()
-    for step in range(500):
-        drawn = passes_of("sandwich", shares, step, 2)
-        assert len(drawn) == 2
-        for first, middle, last in drawn:
-            assert (first.budget, last.budget) == ("a", "e")
-            assert {first.weight, middle.weight, last.weight} == {1.0}
-            counts[middle.budget] += 1
-    assert set(counts) == {"b", "d"}
-    assert abs(counts["b"] - 750) < 3.5
 
 
 # Seeds (law 8)
@@ -133,12 +173,12 @@ def test_draws_differ_in_every_coordinate_and_by_purpose() -> None:
 def test_draws_are_the_same_in_another_process() -> None:
     """No hidden state, and no hash that changes from process to process."""
     seeds = [draw_seed(3, "router", 1, step, 2) for step in range(5)]
-    budgets = [draw_budgets({"a": 0.5, "b": 0.5}, 3, 3, 1, step) for step in range(5)]
+    budgets = [draw_budgets({"a": 0.5, "b": 0.5}, 1, 3, 3, 1, step) for step in range(5)]
     code = (
         "import random; random.random()\n"
         "from elastic.routing.curriculum import draw_budgets, draw_seed\n"
         "seeds = [draw_seed(3, 'router', 1, step, 2) for step in reversed(range(5))][::-1]\n"
-        "budgets = [draw_budgets({'a': 0.5, 'b': 0.5}, 3, 3, 1, step) for step in range(5)]\n"
+        "budgets = [draw_budgets({'a': 0.5, 'b': 0.5}, 1, 3, 3, 1, step) for step in range(5)]\n"
         "print(seeds, budgets)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -151,5 +191,5 @@ def test_draws_leave_the_global_generator_alone() -> None:
     random.seed(5)
     expected = random.random()
     random.seed(5)
-    draw_budgets({"a": 0.5, "b": 0.5}, 4, 0, 0, 0)
+    draw_budgets({"a": 0.5, "b": 0.5}, 1, 4, 0, 0, 0)
     assert random.random() == expected

@@ -31,7 +31,7 @@ def check(
 ) -> Sizes:
     stage = StageConfig(
         tokens=64, sequence_length=8, batch_tokens=16, model_lr=1e-3,
-        budgets_per_batch="all", budget_probabilities=probabilities,
+        budgets_per_batch=2 if probabilities is None else 1, budget_probabilities=probabilities,
     )  # fmt: skip
     asked = {name: BudgetConfig(params=params) for name, params in budgets.items()}
     space = SpaceConfig(**{"hidden": [16, 14, 12, 10, 8], "ffn": [32, 24, 16], **axes})
@@ -55,7 +55,7 @@ def test_what_fits_is_worked_out() -> None:
         (
             {"full": 1.0, "small": 0.6},
             {"in_place": True, "probabilities": {"small": 1.0}},
-            "curriculum.stages.only.budget_probabilities={'small': 1.0}: must be positive for full",
+            "curriculum.stages.only.budgets_per_batch=1: must be 1 or more with a positive ",
         ),
     ],
     ids=["space", "target", "reach", "in place", "stage"],

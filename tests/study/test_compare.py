@@ -11,6 +11,7 @@ from study.test_arms import TINY
 
 from elastic.evaluate.documents import mean_and_error
 from elastic.study.compare import Record, cost, rows, tables, write_figures, write_tables
+from elastic.study.plot import write_plot
 
 DOCUMENTS = [100, 50, 150]
 STUDY = replace(TINY, run=["elastic", "separate"], seeds=[0, 1])
@@ -51,15 +52,20 @@ def test_rows_are_means_over_seeds_with_paired_differences() -> None:
     ]  # fmt: skip
     tokens = np.array(DOCUMENTS, dtype=float)
     assert found[0].kl == pytest.approx(mean_and_error(np.array([1.0, 0.55, 1.45]), tokens))
-    assert found[0].difference is None and found[0].same_sign is None
+    assert found[0].versus == {}
     assert found[0].relative == pytest.approx(2 * 3.0 / 600)
     medium = found[2]
     expected = mean_and_error((np.array([0.5, 0.1, 0.4]) + [0.1, 0.2, 0.2]) / 2, tokens)
-    assert medium.difference == pytest.approx(expected) and medium.same_sign
+    kl, excess = medium.versus["kl"], medium.versus["excess"]
+    assert (kl.mean, kl.error) == pytest.approx(expected) and kl.same_sign
+    assert kl.share == pytest.approx(0.75 / 3.0)
+    assert (excess.mean, excess.share) == pytest.approx((2 * kl.mean, kl.share))
+    assert str(kl) == f"+25.0% (+{kl.mean / kl.error:.1f})"
     assert medium.by_seed == pytest.approx([4.0 / 300, 3.5 / 300])
     small = found[3]
-    assert small.difference is not None and small.difference[0] > 0
-    assert small.same_sign is False, "the first seed has the other sign"
+    assert small.versus["kl"].mean > 0
+    assert not small.versus["kl"].same_sign, "the first seed has the other sign"
+    assert str(small.versus["kl"]).endswith(" ~")
 
 
 def test_runs_of_one_arm_count_together() -> None:
@@ -71,11 +77,24 @@ def test_runs_of_one_arm_count_together() -> None:
 
 def test_tables_are_written_with_the_figures_behind_them(tmp_path: Path) -> None:
     shown = tables(STUDY, RECORDS)
-    path = write_tables(tmp_path / "docs", STUDY, shown)
+    path = write_tables(tmp_path / "docs", STUDY, shown, tmp_path / "docs" / "quick.svg")
     write_figures(tmp_path / "docs", STUDY, RECORDS)
     text = path.read_text()
     assert all(line in text for line in shown) and max(map(len, shown)) <= 100
-    assert "tiny" in text and "2 seed(s)" in text
+    assert "tiny" in text and "2 seed(s)" in text and "](quick.svg)" in text
     figures = json.loads(path.with_suffix(".json").read_text())
     assert len(figures["rows"]) == 4 and figures["cost"]["separate"]["tokens"] == 20
     assert (figures["documents"], figures["tokens"]) == (3, 300)
+
+
+def test_the_figure_has_every_arm_member_and_seed_and_is_always_the_same(tmp_path: Path) -> None:
+    """A member without a KL, the parent itself, is no point on a logarithmic axis."""
+    whole = [record("elastic", seed, full=[0.0, 0.0, 0.0]) for seed in (0, 1)]
+    records = [*whole, *RECORDS]
+    paths = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for path in paths:
+        write_plot(path, rows(STUDY, records), cost(records))
+    text = paths[0].read_text()
+    assert text == paths[1].read_text()
+    for word in ("elastic", "separate", "medium", "small", "students", "teacher"):
+        assert f">{word}<" in text, word

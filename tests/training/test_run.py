@@ -232,9 +232,10 @@ def test_resuming_equals_never_stopping(
 
 
 IN_PLACE = ["objective.teacher=in_place", "objective.cross_entropy_weight=0.5"]
-ALL_THEN_SANDWICH = [
-    "curriculum.stages.short.budgets_per_batch=all",
-    "curriculum.stages.long.budgets_per_batch=sandwich",
+SEVERAL = [
+    "curriculum.stages.short.budgets_per_batch=3",
+    "curriculum.stages.long.budgets_per_batch=2",
+    "curriculum.stages.long.budget_probabilities={full:0.5,medium:0.3,small:0.2}",
 ]
 
 
@@ -250,9 +251,9 @@ class Shared:
 
 @pytest.fixture(scope="module", params=[[], IN_PLACE], ids=["replicated", "in_place"])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """Six passes make a step: two micro-batches, three budgets."""
+    """Six passes make a step: two micro-batches, three budgets; then four."""
     run_dir = tmp_path_factory.mktemp("runs") / "shared"
-    run = Shared([*ALL_THEN_SANDWICH, *request.param], run_dir, [])
+    run = Shared([*SEVERAL, *request.param], run_dir, [])
 
     class Ends(elastic.training.train.Progress):
         def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -267,7 +268,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_text_counts_once_however_many_budgets_share_it(shared: Shared) -> None:
-    assert [module.stage.passes for module, _ in shared.ends] == [1, 3, 3]
+    assert [module.stage.passes for module, _ in shared.ends] == [1, 3, 2]
     for module, counted in shared.ends:
         assert counted == module.stage.tokens
         assert module.micro_step == 2 * module.stage.passes * module.stage.steps
@@ -306,7 +307,7 @@ def test_the_full_member_is_the_teacher_of_validation_where_it_teaches(shared: S
 
 def test_a_teacher_in_place_needs_the_whole_parent_among_the_budgets(tmp_path: Path) -> None:
     """Targets are compared with the parent's size once that is known."""
-    overrides = [*ALL_THEN_SANDWICH, *IN_PLACE, "budgets.full.params=0.95"]
+    overrides = [*SEVERAL, *IN_PLACE, "budgets.full.params=0.95"]
     with pytest.raises(ConfigError, match="objective.teacher=in_place: must be replicated unless"):
         Run(small_settings(tmp_path / "run", *overrides, steps=(2, 2, 2)))
     assert not (tmp_path / "run").exists()
