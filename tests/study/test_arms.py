@@ -94,7 +94,7 @@ def test_members_alone_share_the_tokens_of_one_elastic_run() -> None:
         for name, stage in config.curriculum.stages.items():
             whole = asdict(together.curriculum.stages[name])
             changed = {k for k, value in asdict(stage).items() if value != whole[k]}
-            assert changed <= {"tokens", "draws", "budget_probabilities"}
+            assert changed <= {"tokens", "draws", "budgets_per_batch", "budget_probabilities"}
     no_whole = jobs_of(TINY, "separate", 3, PARENT, SMALLER)
     assert [job.alone for job in no_whole] == ["medium", "small"]
     published = configs("separate_sorted", study=study_of("main"))
