@@ -36,8 +36,8 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
         LENGTH,
         "sequence_length depth_sequence_length chunk_tokens context contexts samples depth_samples "
         "depth_positions sequences validation_sequences validation_every batch_size batch "
-        "shard_sequences warmup_steps settled_steps draws noise_groups validate_every "
-        "families checkpoint_every keep_checkpoints max_bad_steps log_every "
+        "shard_sequences warmup_steps settled_steps draws budgets_per_batch noise_groups "
+        "validate_every families checkpoint_every keep_checkpoints max_bad_steps log_every "
         "max_position_embeddings new_tokens time steps repeats warmup chunks stock_chunks",
     ),
     (10**7, "vocab_size tokenizer_vocab vocabulary top_k gpus"),

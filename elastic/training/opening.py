@@ -187,14 +187,15 @@ def _stages(config: RunConfig, stages: list[Stage], budgets: list[str]) -> list[
 
 
 def _shares(stage: Stage, budgets: list[str]) -> str:
-    """How often each budget is trained in a stage, largest first, in percent."""
+    """How much each budget counts in a stage, largest first, in percent; before it the number of
+    different ones in a draw, where that is not one."""
     if stage.config.mode == "pretrain":
         return "-"
     shares = budget_probabilities(stage.config, budgets)
     text = "/".join(f"{100 * shares[name]:.3g}" for name in budgets) + "%"
     if len(set(shares.values())) == 1:
         text = "alike"
-    return text if stage.passes == 1 else f"{stage.passes} of {len(budgets)}, {text}"
+    return text if stage.passes == 1 else f"{stage.passes}: {text}"
 
 
 def _places(config: RunConfig) -> list[str]:

@@ -83,7 +83,8 @@ def settings(run_dir: Path, *overrides: str, experiment: str = "tiny") -> RunCon
 
 
 def small_settings(run_dir: Path, *overrides: str, steps: tuple[int, int, int]) -> RunConfig:
-    """The tiny experiment on the small parent, with so many steps per stage."""
+    """The tiny experiment on the small parent, with so many steps per stage; each draw trains one
+    budget."""
     pretrain, short, long = steps
     return settings(
         run_dir,
@@ -93,6 +94,7 @@ def small_settings(run_dir: Path, *overrides: str, steps: tuple[int, int, int]) 
         *stage("pretrain", pretrain, lr=5e-3),
         *stage("short", short, lr=2e-3),
         *stage("long", long, length=256, lr=1e-3),
+        *(f"curriculum.stages.{name}.budgets_per_batch=1" for name in ("short", "long")),
         *overrides,
     )
 

@@ -126,7 +126,7 @@ def test_an_arm_may_train_the_family_of_the_first() -> None:
 
 def test_a_uniform_shrink_is_the_most_balanced_family_of_the_arms_own_space() -> None:
     """Its layers drop in the order that the first arm has found."""
-    study = study_of("ablations")
+    study = study_of("ablations", "study.experiment=small")
     (job,) = jobs_of(study, "uniform", 3, PARENT, family_of(study), ORDER)
     config = job.config(Path("r"))
     shape = config.parent.shape

@@ -66,7 +66,7 @@ def test_it_says_what_runs_on_what_for_how_long_and_where() -> None:
         assert words in text
     rows = [line.split() for line in text.splitlines()]
     assert ["medium", "917,430", "parameters", "75.0%"] in rows
-    assert ["long", "elastic", "368.6k", "180", "1,024", "2,048", "2 of 3, 10/50/40%"] in rows
+    assert ["long", "elastic", "368.6k", "180", "1,024", "2,048", "2:", "10/50/40%"] in rows
 
 
 def test_a_cluster_is_named_in_processes_and_nodes() -> None:

@@ -53,10 +53,13 @@ def test_a_run_goes_on_with_the_same_settings_on_other_machines(config: RunConfi
 
 
 def with_budgets(config: RunConfig, **budgets: float) -> RunConfig:
-    """The same, with these budgets, which every stage draws alike."""
+    """The same, with these budgets, of which every draw trains one, all alike."""
     stages = config.curriculum.stages.items()
     curriculum = CurriculumConfig(
-        stages={name: replace(stage, budget_probabilities=None) for name, stage in stages}
+        stages={
+            name: replace(stage, budget_probabilities=None, budgets_per_batch=1)
+            for name, stage in stages
+        }
     )
     named = {name: BudgetConfig(params=params) for name, params in budgets.items()}
     return replace(config, curriculum=curriculum, budgets=named)
