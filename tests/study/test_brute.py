@@ -21,6 +21,7 @@ SETTINGS = [
     *stage("pretrain", 60, lr=5e-3),
     *stage("short", 40, lr=2e-3),
     *stage("long", 4, length=256, lr=1e-3),
+    *(f"curriculum.stages.{name}.budgets_per_batch=1" for name in ("short", "long")),
     "data.tokenizer=train",
 ]
 
