@@ -314,7 +314,7 @@ class RouterConfig:
     freeze_at: float = 0.05
     """Share of the elastic tokens after which the choices are final and steps run sliced; schedules
     end here."""
-    candidates: int = 8
+    candidates: int = 32
     """Members per budget, the router's most probable ones, whose distillation loss is compared when
     the choices become final; 1 takes the most probable unmeasured."""
     rounds: int = 0

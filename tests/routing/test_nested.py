@@ -140,7 +140,7 @@ def test_the_router_finds_the_family_that_is_better() -> None:
 
 
 def test_the_most_probable_families_are_the_candidates() -> None:
-    family = family_of()
+    family = family_of(candidates=8)
     assert isinstance(family.router, FamilyRouter)
     seen: dict[str, list] = {}
 
