@@ -57,6 +57,7 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
         *stage("pretrain", pretrain, lr=5e-3),
         *stage("short", short, lr=2e-3),
         *stage("long", long, length=256, lr=1e-3),
+        *(f"curriculum.stages.{name}.budgets_per_batch=1" for name in ("short", "long")),
         "trainer.checkpoint_every=3",
         "trainer.validate_every=4",
         "trainer.log_every=2",
