@@ -177,7 +177,7 @@ class _Bench:
             budgets_per_batch=variant.passes,
             model_lr=1e-4,
         )
-        (planned,) = plan({"bench": stage}, TrainerConfig(), list(self.targets))
+        (planned,) = plan({"bench": stage}, TrainerConfig())
         return planned
 
     def fit(self, variant: Variant) -> float:

@@ -102,7 +102,7 @@ class TrainingStep:
             batch_tokens=batch_tokens,
             model_lr=1e-4,
         )
-        (planned,) = plan({"bench": stage}, TrainerConfig(), [PARENT])
+        (planned,) = plan({"bench": stage}, TrainerConfig())
         self.device = next(parent.parameters()).device
         self.batch = batch.to(self.device)
         self.precision = precision

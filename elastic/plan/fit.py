@@ -182,7 +182,7 @@ class Fitter:
         return Fit(self._statics[key], passes, host, self.limit, self.node_limit)
 
     def stages(self, config: PlanConfig) -> list[Stage]:
-        return plan(config.curriculum.stages, config.trainer, list(self.members))
+        return plan(config.curriculum.stages, config.trainer)
 
     def runs(self, stage: Stage) -> list[Run]:
         """The ways in which a stage runs the parent."""

@@ -105,7 +105,7 @@ def training(
     """Ranking, all stages and their sums, as JSON."""
     shape, stages = sizes.space.shape, []
     ranking = _ranking(config, sizes)
-    for stage in plan(config.curriculum.stages, config.trainer, list(members)):
+    for stage in plan(config.curriculum.stages, config.trainer):
         work = stage_work(config, shape, stage, members)
         hours = gpu_hours(config, work.flops)
         stages.append(

@@ -30,8 +30,6 @@ class Stage:
     """Optimizer steps: the tokens, rounded up to whole steps."""
     accumulation: int
     """Forward passes per process and optimizer step: micro-batches times `passes`."""
-    passes: int
-    """Forward passes over each micro-batch, one for each budget that it trains."""
     micro_batches: int
     """Of each draw, per process."""
     batch_sequences: int
@@ -44,6 +42,11 @@ class Stage:
     """Optimizer steps of all stages before this one, whatever their mode."""
     warm_at: float
     """Share of the tokens of this mode at which its warmup, in its first stage, is over."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes over each micro-batch, one for each budget that it trains."""
+        return self.config.budgets_per_batch
 
     @property
     def tokens(self) -> int:
@@ -67,9 +70,7 @@ class Pass:
 Passes = Sequence[Sequence[Pass]]
 
 
-def plan(
-    stages: Mapping[str, StageConfig], trainer: TrainerConfig, budgets: Sequence[str]
-) -> list[Stage]:
+def plan(stages: Mapping[str, StageConfig], trainer: TrainerConfig) -> list[Stage]:
     """Work the configured stages out, in order."""
     steps = {n: math.ceil(stage.tokens / stage.batch_tokens) for n, stage in stages.items()}
     seen = {"pretrain": 0, "elastic": 0}
@@ -82,15 +83,13 @@ def plan(
         warm.setdefault(stage.mode, stage.warmup_steps * stage.batch_tokens / totals[stage.mode])
         sequences = stage.batch_tokens // (stage.sequence_length * trainer.world_size * stage.draws)
         micro = _micro_sequences(stage, trainer, sequences)
-        passes = stage.budgets_per_batch
         planned.append(
             Stage(
                 name=name,
                 index=index,
                 config=stage,
                 steps=steps[name],
-                accumulation=passes * stage.draws * (sequences // micro),
-                passes=passes,
+                accumulation=stage.budgets_per_batch * stage.draws * (sequences // micro),
                 micro_batches=sequences // micro,
                 batch_sequences=micro,
                 tokens_before=seen[stage.mode],
@@ -158,16 +157,20 @@ def check_budgets(
         if not in_place or stage.mode == "pretrain":
             continue
         probabilities = budget_probabilities(stage, list(targets))
+        teacher = "the teacher of the others (objective.teacher=in_place)"
+        require(
+            probabilities[largest] > 0,
+            f"curriculum.stages.{name}.budget_probabilities",
+            dict(stage.budget_probabilities or {}),
+            f"positive for {largest}, {teacher}",
+        )
         count = sum(share > 0 for share in probabilities.values())
         require(
             inclusion(probabilities, stage.budgets_per_batch)[largest] == 1,
             f"curriculum.stages.{name}.budgets_per_batch",
             stage.budgets_per_batch,
-            f"so many that every draw trains {largest}, the teacher of the others "
-            f"(objective.teacher=in_place): {count} trains all that are drawn"
-            if probabilities[largest]
-            else f"1 or more with a positive budget_probabilities.{largest}: it is the teacher of "
-            "the others (objective.teacher=in_place)",
+            f"so many that every draw trains {largest}, {teacher}: {count} trains all that are "
+            "drawn",
         )
 
 

@@ -160,10 +160,10 @@ def cost(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     return {a: {n: v / len(seeds[a]) for n, v in entry.items()} for a, entry in found.items()}
 
 
-def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
-    """Both tables, as lines of at most 100 columns."""
+def tables(found: Sequence[Row], spent: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Both tables, of `rows` and of `cost`, as lines of at most 100 columns."""
     lines = []
-    for row in rows(study, records):
+    for row in found:
         lines.append(
             [
                 row.arm,
@@ -176,27 +176,34 @@ def tables(study: StudySettings, records: Sequence[Record]) -> list[str]:
                 str(row.versus.get("kl", "")),
             ]
         )
+    versus = f"to {found[0].arm}'s"
     header = (
-        "arm", "member", "params", "seeds", "loss", "(errors)", "KL", "(errors)",
+        "arm", "member", "params", "seeds", "loss", versus, "KL", versus,
     )  # fmt: skip
     costs = [
         [arm, *(short(each[name]) for name in ("tokens", "student_flops", "teacher_flops")),
          f"{each['seconds']:.0f}"]
-        for arm, each in cost(records).items()
+        for arm, each in spent.items()
     ]  # fmt: skip
     head = ("arm", "tokens", "student FLOPs", "teacher FLOPs", "seconds")
     return [*table(header, lines), "", *table(head, costs)]
 
 
-def write_figures(directory: Path, study: StudySettings, records: Sequence[Record]) -> None:
-    """`<name>.json`: what the tables show, with every digit."""
+def write_figures(
+    directory: Path,
+    study: StudySettings,
+    documents: np.ndarray,
+    found: Sequence[Row],
+    spent: Mapping[str, Mapping[str, float]],
+) -> None:
+    """`<name>.json`: what the tables show, with every digit; `documents` are their tokens."""
     directory.mkdir(parents=True, exist_ok=True)
     value = {
         "experiment": study.experiment,
-        "documents": len(records[0].documents),
-        "tokens": int(records[0].documents.sum()),
-        "rows": [asdict(row) for row in rows(study, records)],
-        "cost": cost(records),
+        "documents": len(documents),
+        "tokens": int(documents.sum()),
+        "rows": [asdict(row) for row in found],
+        "cost": spent,
     }
     write_json(directory / f"{study.name}.json", value)
 

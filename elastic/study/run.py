@@ -94,7 +94,7 @@ def measure(task: Task, directory: Path) -> dict[str, Any]:
         for (budget, member), sums in zip(manifest.budgets.items(), found, strict=True)
     }
     architectures = {name: each.architecture for name, each in manifest.budgets.items()}
-    stages = plan(task.config.curriculum.stages, task.config.trainer, list(architectures))
+    stages = plan(task.config.curriculum.stages, task.config.trainer)
     more = {}
     if task.study.families and not task.config.members_given:
         more["untrained"] = untrained_members(task.config, task.parent)

@@ -47,10 +47,11 @@ def work(config: StudyConfig) -> None:
         shown = lines(doing.judge())
     else:
         records = doing.carry_out()
-        shown = tables(study, records)
-        write_figures(output, study, records)
+        found, spent = rows(study, records), cost(records)
+        shown = tables(found, spent)
+        write_figures(output, study, records[0].documents, found, spent)
         plot = output / f"{study.name}.svg"
-        write_plot(plot, rows(study, records), cost(records))
+        write_plot(plot, found, spent)
     print("\n".join(shown))
     path = write_tables(output, study, shown, plot)
     print(f"written to {path}")

@@ -36,7 +36,7 @@ def check(config: RunConfig, place: Place) -> Setup:
         ValueError: the parent's checkpoint cannot be read.
     """
     check_run_dir(config, first=place.rank == 0)
-    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    stages = plan(config.curriculum.stages, config.trainer)
     if config.parent.path is not None and config.parent.shape is not None:
         _sizes(config, config.parent.shape)  # before a download of hours
     source, parent_config, shape = find_parent(config)

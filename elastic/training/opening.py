@@ -56,7 +56,7 @@ def opening(config: RunConfig) -> list[str]:
         ConfigError: a budget is above the parent, or given twice.
     """
     shape = find_shape(config)
-    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    stages = plan(config.curriculum.stages, config.trainer)
     targets = None if shape is None else targets_of(with_members_read(config.budgets), shape)
     return [
         *_row("run", config.name),

@@ -20,5 +20,5 @@ BUDGETS = ["full", "medium", "small"]
 
 def only(config: StageConfig, **trainer: object) -> Stage:
     """Plan of a single stage."""
-    (planned,) = plan({"one": config}, TrainerConfig(**trainer), BUDGETS)  # type: ignore[arg-type]
+    (planned,) = plan({"one": config}, TrainerConfig(**trainer))  # type: ignore[arg-type]
     return planned

@@ -68,6 +68,6 @@ def case_of(run_dir: Path, cache: Path, *changes: str) -> Case:
         assert config.parent.shape is not None
         parent.mkdir(parents=True)
         save_parent(random_parent(config.parent.shape), parent)
-    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    stages = plan(config.curriculum.stages, config.trainer)
     elastic = {stage.name: stage for stage in stages if stage.config.mode == "elastic"}
     return Case(config, overrides, data, elastic, parent)

@@ -175,7 +175,7 @@ def test_flops_are_passes_times_members() -> None:
     assert shape is not None
     full = Architecture.full(shape)
     members = {"12b": full, "9b": full.without({1, 3}), "6b": full.without({1, 3, 5, 9})}
-    short, long = plan(config.curriculum.stages, config.trainer, list(members))
+    short, long = plan(config.curriculum.stages, config.trainer)
     cost = {name: flops_per_token(shape, member, 49_152) for name, member in members.items()}
     work = stage_work(config, shape, long, members)
     mean = 0.5 * cost["12b"] + 0.3 * cost["9b"] + 0.2 * cost["6b"]
@@ -201,5 +201,5 @@ def test_flops_are_passes_times_members() -> None:
 def test_passes_per_token(count: int, expected: list[float]) -> None:
     config = plan_settings(REAL, f"curriculum.stages.long.budgets_per_batch={count}")
     names = list(config.budgets)
-    long = plan(config.curriculum.stages, config.trainer, names)[1]
+    long = plan(config.curriculum.stages, config.trainer)[1]
     assert list(passes_per_token(long, names).values()) == pytest.approx(expected)

@@ -6,7 +6,7 @@ import math
 import pytest
 from helpers.goals import in_params
 from helpers.spaces import FULL, SHAPE
-from helpers.stages import BUDGETS, only, stage
+from helpers.stages import only, stage
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,7 +100,7 @@ def three_stages() -> list[Stage]:
         "short": stage(tokens=601),
         "long": stage(tokens=300, batch_tokens=150),
     }
-    return plan(stages, TrainerConfig(), BUDGETS)
+    return plan(stages, TrainerConfig())
 
 
 def test_stages_keep_their_order_and_count_all_steps_before_them() -> None:
@@ -131,7 +131,7 @@ def test_progress_only_ever_grows(sizes: list[tuple[int, int]], pretrain: int) -
         )
         for i, (tokens, batch) in enumerate(sizes)
     }
-    planned = plan(stages, TrainerConfig(), BUDGETS)
+    planned = plan(stages, TrainerConfig())
     for mode in ("pretrain", "elastic"):
         of_mode = [s for s in planned if s.config.mode == mode]
         moments = [s.progress(step) for s in of_mode for step in range(s.steps)]
@@ -179,7 +179,8 @@ def test_the_teacher_in_place_is_in_every_batch() -> None:
     )
     shares = {"medium": 0.4, "small": 0.6}
     line = refused(budgets_per_batch=2, budget_probabilities=shares)
-    assert line is not None and line.startswith(f"{where}=2: must be 1 or more with a positive ")
+    key = "curriculum.stages.last.budget_probabilities"
+    assert line == f"{key}={shares}: must be positive for full, {teacher}"
     assert refused(budgets_per_batch=2, budget_probabilities=shares, in_place=False) is None
     often = {"full": 0.5, "medium": 0.2, "small": 0.3}
     assert refused(budgets_per_batch=2, budget_probabilities=often) is None
@@ -222,7 +223,7 @@ def test_one_schedule_runs_over_all_stages_of_a_mode() -> None:
         "short": stage(tokens=6000, warmup_steps=3),
         "long": stage(tokens=4000),
     }
-    learn, *elastic = plan(stages, TrainerConfig(), BUDGETS)
+    learn, *elastic = plan(stages, TrainerConfig())
     assert factors([learn], 0.0)[:3] == [0.5, 1.0, 1.0]
     found = factors(elastic, 0.2)
     assert found[:20] == [1 / 3, 2 / 3] + [1.0] * 18 and found[20] == 1.0

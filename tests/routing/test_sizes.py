@@ -55,7 +55,7 @@ def test_what_fits_is_worked_out() -> None:
         (
             {"full": 1.0, "small": 0.6},
             {"in_place": True, "probabilities": {"small": 1.0}},
-            "curriculum.stages.only.budgets_per_batch=1: must be 1 or more with a positive ",
+            "curriculum.stages.only.budget_probabilities={'small': 1.0}: must be positive for full",
         ),
     ],
     ids=["space", "target", "reach", "in place", "stage"],

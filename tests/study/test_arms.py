@@ -54,7 +54,7 @@ ORDER = [5, 8, 2]
 
 def trained_tokens(config: RunConfig) -> int:
     """Tokens of all stages, in whole steps."""
-    return sum(s.tokens for s in plan(config.curriculum.stages, config.trainer, ["any"]))
+    return sum(s.tokens for s in plan(config.curriculum.stages, config.trainer))
 
 
 def configs(name: str, seed: int = 3, study: StudySettings = TINY) -> list[RunConfig]:

@@ -76,9 +76,10 @@ def test_runs_of_one_arm_count_together() -> None:
 
 
 def test_tables_are_written_with_the_figures_behind_them(tmp_path: Path) -> None:
-    shown = tables(STUDY, RECORDS)
+    found, spent = rows(STUDY, RECORDS), cost(RECORDS)
+    shown = tables(found, spent)
     path = write_tables(tmp_path / "docs", STUDY, shown, tmp_path / "docs" / "quick.svg")
-    write_figures(tmp_path / "docs", STUDY, RECORDS)
+    write_figures(tmp_path / "docs", STUDY, RECORDS[0].documents, found, spent)
     text = path.read_text()
     assert all(line in text for line in shown) and max(map(len, shown)) <= 100
     assert "tiny" in text and "2 seed(s)" in text and "](quick.svg)" in text
@@ -98,3 +99,4 @@ def test_the_figure_has_every_arm_member_and_seed_and_is_always_the_same(tmp_pat
     assert text == paths[1].read_text()
     for word in ("elastic", "separate", "medium", "small", "students", "teacher"):
         assert f">{word}<" in text, word
+    assert ">full<" not in text

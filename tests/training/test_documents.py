@@ -182,7 +182,7 @@ SPANS = [(0, 0, 3), (0, 3, 7), (0, 7, 8), (0, 8, 10), (1, 0, 10)]
 def module_of(mode: str, start: int | None) -> ElasticModule:
     """A stage on random parents; a frozen teacher where the mode has one."""
     settings = StageConfig(mode=mode, tokens=20, sequence_length=10, batch_tokens=20, model_lr=1e-3)
-    (stage,) = plan({"only": settings}, TrainerConfig(), ["full"])
+    (stage,) = plan({"only": settings}, TrainerConfig())
     parent, teacher, family, optimizer = random_parent(tiny_shape()), None, None, None
     if mode == "elastic":
         teacher = OnlineTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)

@@ -70,7 +70,7 @@ def module_of(frozen: bool, teacher: str, passes: int, split: int = 1) -> Elasti
         draws=MICRO_BATCHES,
     )  # fmt: skip
     trainer = TrainerConfig(micro_batch_tokens=SEQUENCES // split * LENGTH)
-    (planned,) = plan({"only": stage}, trainer, list(TARGETS))
+    (planned,) = plan({"only": stage}, trainer)
     other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true", None)
     return ElasticModule(
         random_parent(SHAPE), family, other if teacher == "replicated" else None,

@@ -55,7 +55,7 @@ def write_cache(config: CacheTeacherConfig) -> None:
     kernels = resolve_kernels(config.parent.kernels, device)
     data = _text(config)
     check_vocabulary(data.tokenizer, shape.vocab_size)
-    stages = plan(config.curriculum.stages, config.trainer, list(config.budgets))
+    stages = plan(config.curriculum.stages, config.trainer)
     contents = cache_contents(config, stages, data, source, shape.vocab_size)
     directory = Path(config.objective.teacher_cache or "")
     run_dir = Path(config.run_dir)
