@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from elastic.config import ParentShape
 from elastic.members.architecture import Architecture, Layer
 from elastic.members.cut import layer_cut, prefix
+from elastic.parent.attend import Seen, one_each, seen_in
+from elastic.parent.borders import Borders
 from elastic.parent.layers import (
     MLP,
     Attention,
@@ -18,7 +20,6 @@ from elastic.parent.layers import (
     Keep,
     LayerKeep,
     Linear,
-    document_mask,
     narrow,
 )
 from elastic.parent.norms import ElasticNorm, RMSNorm
@@ -27,8 +28,8 @@ from elastic.parent.ssd import MambaMixer
 Member = Architecture | Keep | None
 """How to run the parent: sliced to an Architecture, under keep masks, or None for the whole."""
 
-Borders = Mapping[str, Tensor]
-"""Kind of block -> document boundaries in its form: ids or a mask; empty is one document."""
+Apart = Mapping[str, Borders | Seen]
+"""Kind of block -> document boundaries in its form; empty is one document in every row."""
 
 _KEEP_ALL = LayerKeep()
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
         cuts: Cuts,
         hidden: Tensor | None,
         keep: LayerKeep,
-        borders: Tensor | None = None,
+        borders: Borders | Seen = None,
         own: int | None = None,
     ) -> Tensor:
         """(b, t, d) -> (b, t, d); `hidden` (b, d) is the mask of the residual stream, `borders`
@@ -128,7 +129,7 @@ class HybridParent(nn.Module):
         `documents` (b, t) int32 are ids that never fall along a sequence. Nothing crosses from one
         document to the next: neither state nor convolution nor attention. None is one document.
         """
-        borders = self._borders(documents)
+        borders = self.borders(documents)
         if isinstance(member, Architecture):
             return self._run_sliced(tokens, member, borders, own)
         hidden = None if member is None else member.hidden
@@ -141,7 +142,7 @@ class HybridParent(nn.Module):
         return self.backbone.norm_f(x, None, hidden, own)
 
     def _run_sliced(
-        self, tokens: Tensor, member: Architecture, borders: Borders, own: int | None
+        self, tokens: Tensor, member: Architecture, borders: Apart, own: int | None
     ) -> Tensor:
         """No masked channel is multiplied and no dropped layer runs."""
         layers = self._layers_of(member)
@@ -169,7 +170,7 @@ class HybridParent(nn.Module):
         cuts: Cuts,
         hidden: Tensor | None,
         keep: LayerKeep,
-        borders: Borders,
+        borders: Apart,
         own: int | None,
     ) -> Tensor:
         assert isinstance(block, Block)
@@ -179,13 +180,14 @@ class HybridParent(nn.Module):
             return out
         return block(*inputs)
 
-    def _borders(self, documents: Tensor | None) -> Borders:
+    def borders(self, documents: Tensor | None) -> Apart:
         """Document boundaries in each kind of block's form, made once for all blocks."""
-        if documents is None:
+        if documents is None or one_each(documents):
             return {}
-        if "attention" not in self.shape.kinds:
-            return {"mamba": documents}
-        return {"mamba": documents, "attention": document_mask(documents)}
+        apart: dict[str, Borders | Seen] = {"mamba": Borders(documents, self.shape.conv_kernel)}
+        if "attention" in self.shape.kinds:
+            apart["attention"] = seen_in(documents, self.shape.head_dim)
+        return apart
 
     def head_weight(self, member: Member = None) -> Tensor:
         """LM head of a member: (v, d)."""

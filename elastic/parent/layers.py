@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from elastic.config import ParentShape
 from elastic.members.architecture import AttentionLayer
 from elastic.members.cut import Cut
+from elastic.parent.attend import Seen, attend
 
 Cuts = Mapping[str, Cut]
 
@@ -157,16 +158,6 @@ class MLP(nn.Module):
         return self.down_proj(units, cuts.get("mixer.down_proj.weight"))
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """Causal attention mask inside documents: (b, t) ids -> (b, 1, t, t) bool.
-
-    True where the column (key) is the row's (query's) own step or an earlier one of its document.
-    One byte per pair of steps: 2.4 GB for a sequence of 49,152.
-    """
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return same.tril()
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention without positional embedding."""
 
@@ -185,10 +176,9 @@ class Attention(nn.Module):
         layer: AttentionLayer | None,
         cuts: Cuts,
         keep: LayerKeep,
-        mask: Tensor | None = None,
+        seen: Seen = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d); `mask` (b, 1, t, t) is that of `document_mask`, None is causal
-        attention over the whole sequence."""
+        """(b, t, d) -> (b, t, d); `seen` as in `attend`."""
         heads = self.heads if layer is None else layer.num_heads
         query, key, value = (
             projection(x, cuts.get(f"mixer.{name}.weight"))
@@ -200,13 +190,7 @@ class Attention(nn.Module):
                 ("v_proj", self.v_proj, self.groups),
             )
         )
-        if mask is None:
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=heads != self.groups
-            )
-        else:  # no GPU kernel both takes a mask and groups heads
-            key, value = (z.repeat_interleave(heads // self.groups, dim=1) for z in (key, value))
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = attend(query, key, value, seen)  # (b, heads, t, head_dim)
         if keep.width is not None:
             mixed = mixed * keep.width[:, :, None, None].to(mixed.dtype)
         return self.o_proj(mixed.transpose(1, 2).flatten(-2), cuts.get("mixer.o_proj.weight"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic.config import ConfigError, ParentShape
 from elastic.members.architecture import MambaLayer
+from elastic.parent.borders import Borders
 from elastic.parent.layers import Cuts, LayerKeep, Linear, narrow
 from elastic.parent.norms import GatedRMSNorm
 from elastic.parent.ssd_fused import mixer_core
@@ -148,11 +149,12 @@ class MambaMixer(nn.Module):
         layer: MambaLayer | None,
         cuts: Cuts,
         keep: LayerKeep,
-        documents: Tensor | None = None,
+        borders: Borders | None = None,
         own: int | None = None,
     ) -> Tensor:
-        """(b, t, d) -> (b, t, d); `documents` as in `ssd_ref.ssd_recurrent`, int32; `own` as in
+        """(b, t, d) -> (b, t, d); borders None is one document, `own` as in
         `ElasticNorm.weights`."""
+        documents = None if borders is None else borders.ids
         heads = self.heads if layer is None else layer.num_heads
         channels = self.head_dim if layer is None else layer.head_dim
         inner = heads * channels
@@ -163,8 +165,8 @@ class MambaMixer(nn.Module):
         if self.kernels == "mamba_ssm" and share is not None and self.observe is None:
             if fused_kernel_takes(inner + 2 * self.state, self.shape.conv_kernel):
                 return self._fused_kernel(projected, channels, cuts, norm, units, share, documents)
-        if self.kernels == "torch" and documents is None and self.observe is None:
-            core = self._core(projected, cuts, norm, units)
+        if self.kernels == "torch" and self.observe is None:
+            core = self._core(projected, cuts, norm, units, borders)
             return self.out_proj(core, cuts.get("mixer.out_proj.weight"))
         gate, convolved, dt = projected.split([inner, inner + 2 * self.state, heads], dim=-1)
         x, b, c = F.silu(self.conv1d(convolved, cuts, documents)).split(
@@ -188,7 +190,14 @@ class MambaMixer(nn.Module):
             self.observe(y.float() * F.silu(gate.float()))
         return self.out_proj(self.norm(y, gate, norm, units), cuts.get("mixer.out_proj.weight"))
 
-    def _core(self, projected: Tensor, cuts: Cuts, norm: Tensor, units: Tensor | None) -> Tensor:
+    def _core(
+        self,
+        projected: Tensor,
+        cuts: Cuts,
+        norm: Tensor,
+        units: Tensor | None,
+        borders: Borders | None,
+    ) -> Tensor:
         """All between the projections, in plain torch: (b, t, ...) -> (b, t, h * p)."""
         a, d, dt_bias = self._per_head(cuts)
         return mixer_core(
@@ -202,6 +211,7 @@ class MambaMixer(nn.Module):
             self.norm.eps,
             self.shape.dt_limit,
             units,
+            borders,
         )
 
     def _per_head(self, cuts: Cuts) -> tuple[Tensor, Tensor, Tensor]:

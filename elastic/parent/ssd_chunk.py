@@ -9,6 +9,7 @@ section 6).
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -32,16 +33,44 @@ def without_autocast(function: Pass) -> Pass:
     return wrapped  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class ChunkBorders:
+    """Which ways of the scan stay inside a document.
+
+    `apart` (b, z, 1, l, s) is True where position l must not read s: it is of another document, or
+    later. `carried` and `kept` (b, z, 1, l) are 1.0 where a position is of the document that ended
+    the chunk before, and of the one that ends its own.
+    """
+
+    apart: Tensor
+    carried: Tensor
+    kept: Tensor
+
+
+def chunk_borders(documents: Tensor, chunk: int) -> ChunkBorders:
+    """Of ids (b, z * l)."""
+    ids = documents.view(len(documents), -1, 1, chunk)
+    last = ids[..., -1:]
+    before = torch.cat([last[:, :1], last[:, :-1]], dim=1)  # the first chunk reads nothing
+    apart = (ids[..., :, None] != ids[..., None, :]) | _later(chunk, ids.device)
+    return ChunkBorders(apart, (ids == before).float(), (ids == last).float())
+
+
+def _later(chunk: int, device: torch.device) -> Tensor:
+    """(l, s), True where s is after l."""
+    return torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu(1)
+
+
 def scan_chunks(
-    entering: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, documents: Tensor | None
+    entering: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, borders: ChunkBorders | None
 ) -> tuple[Tensor, Saved]:
     """Output of the state at every step: (b, z, h, p, l), and what `scan_chunks_backward` needs.
 
-    entering (b, z, h, p, l) is dt * x, log_decay (b, z, h, l) is dt * a, b and c (b z g, l, n),
-    documents (b, z * l) or None.
+    entering (b, z, h, p, l) is dt * x, log_decay (b, z, h, l) is dt * a, b and c (b z g, l, n);
+    borders None is one document.
     """
     batch, chunks, heads, channels, chunk = entering.shape
-    inside, from_start, to_end, over_chunk = _decays(log_decay, documents)
+    inside, from_start, to_end, over_chunk = _decays(log_decay, borders)
     scores = torch.bmm(c, b.mT)  # (b z g) l s: position l reads position s
     mixing = _per_group(inside, len(b)) * scores[:, None]  # (b z g) r l s
     y = torch.bmm(entering.view(-1, channels, chunk), mixing.view(-1, chunk, chunk).mT)
@@ -102,25 +131,22 @@ def scan_chunks_backward(
     return entering_grad, cumulative.flip(-1).cumsum(-1).flip(-1), b_grad, c_grad
 
 
-def _decays(log_decay: Tensor, documents: Tensor | None) -> tuple[Tensor, ...]:
+def _decays(log_decay: Tensor, borders: ChunkBorders | None) -> tuple[Tensor, ...]:
     """Factors (b, z, h, l) log-decays give: between two positions of a chunk (b, z, h, l, s), from
     the chunk's start to a position and from a position to its end (b, z, h, l), over it (b, z, h).
 
     A factor whose way crosses into another document is zero.
     """
-    batch, chunks, _, chunk = log_decay.shape
     cumulative = log_decay.cumsum(-1)
-    unread = torch.ones(chunk, chunk, dtype=torch.bool, device=log_decay.device).triu(1)
     from_start = cumulative.exp()
     to_end = (cumulative[..., -1:] - cumulative).exp()
-    if documents is not None:
-        ids = documents.view(batch, chunks, 1, chunk)
-        last = ids[..., -1:]
-        before = torch.cat([last[:, :1], last[:, :-1]], dim=1)  # the first chunk reads nothing
-        unread = unread | (ids[..., :, None] != ids[..., None, :])
-        from_start = from_start * (ids == before)
-        to_end = to_end * (ids == last)
     inside = cumulative[..., :, None] - cumulative[..., None, :]
+    if borders is None:
+        unread = _later(log_decay.shape[-1], log_decay.device)
+    else:
+        unread = borders.apart
+        from_start *= borders.carried
+        to_end *= borders.kept
     inside.masked_fill_(unread, float("-inf")).exp_()
     return inside, from_start, to_end, from_start[..., -1]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elastic.parent.borders import Borders
 from elastic.parent.norms import kept_gradient
 from elastic.parent.ssd_chunk import scan_chunks, scan_chunks_backward, without_autocast
 from elastic.parent.ssd_ref import CHUNK
@@ -34,15 +35,17 @@ def mixer_core(
     eps: float,
     dt_limit: tuple[float, float],
     units: Tensor | None = None,
+    borders: Borders | None = None,
 ) -> Tensor:
     """All between the input and the output projection: (b, t, i + j + h) -> (b, t, i).
 
     conv (j, 1, k), conv_bias (j,), dt_bias, a (negative) and d (h,), norm (i,); `units` is a keep
-    mask (b or 1, i); `dt_limit` are the lowest and the highest step. Computed in float32.
+    mask (b or 1, i); `dt_limit` are the lowest and the highest step; borders None is one
+    document. Computed in float32.
     """
     weights = (conv, conv_bias, dt_bias, a, d, norm, units)
     floats = [None if weight is None else weight.float() for weight in weights]
-    out: Tensor = _MixerCore.apply(projected.float(), *floats, groups, eps, dt_limit)
+    out: Tensor = _MixerCore.apply(projected.float(), *floats, groups, eps, dt_limit, borders)
     return out.to(projected.dtype)
 
 
@@ -52,14 +55,15 @@ class _MixerCore(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        projected, conv, conv_bias, dt_bias, a, d, norm, units, groups, eps, dt_limit = inputs
+        projected, conv, conv_bias, dt_bias, a, d, norm, units, *settings = inputs
+        groups, eps, dt_limit, borders = settings
         batch, time, _ = projected.shape
         heads, inner = len(a), len(norm)
         chunk = min(CHUNK, time)
         padding = -time % chunk
         gate, convolved, dt = projected.split([inner, len(conv), heads], dim=-1)
         mixed = F.pad(convolved.mT, (0, padding)).contiguous()  # b j t
-        conv_out = _convolve(mixed, conv, conv_bias)
+        conv_out = _convolve(mixed, conv, conv_bias, borders)
         signal = F.silu(conv_out)
         x, b, c = _parts(signal, inner, groups, heads, chunk)
 
@@ -67,7 +71,8 @@ class _MixerCore(torch.autograd.Function):
         # A step of zero, in the padding, neither decays nor enters.
         step = _per_head(F.softplus(step_in).clamp_(*dt_limit), padding, chunk)  # b z h l
         entering = torch.mul(x, step[:, :, :, None])  # b z h p l
-        y, saved = scan_chunks(entering.contiguous(), step * a[:, None], b, c, None)
+        within = None if borders is None else borders.chunks
+        y, saved = scan_chunks(entering.contiguous(), step * a[:, None], b, c, within)
         y = _by_time(y.addcmul_(x, d[:, None, None]))[:, :time]  # b t i
 
         opening = F.silu(gate)
@@ -79,7 +84,7 @@ class _MixerCore(torch.autograd.Function):
         ctx.save_for_backward(
             *(projected, conv, a, d, norm, units, mixed, conv_out, step_in, step, y, scale), *saved
         )
-        ctx.settings, ctx.has_bias = (groups, eps, dt_limit, padding), conv_bias is not None
+        ctx.settings, ctx.has_bias = (*settings, padding), conv_bias is not None
         return gated.mul_(scale).flatten(-2).mul_(norm)
 
     @staticmethod
@@ -89,7 +94,7 @@ class _MixerCore(torch.autograd.Function):
         projected, conv, a, d, norm, units, mixed, conv_out, step_in, step, y, scale, *saved = (
             ctx.saved_tensors
         )
-        groups, eps, dt_limit, padding = ctx.settings
+        groups, eps, dt_limit, borders, padding = ctx.settings
         batch, chunks, heads, chunk = step.shape
         time, inner = projected.shape[1], len(norm)
         projected_grad = torch.empty_like(projected)
@@ -146,7 +151,7 @@ class _MixerCore(torch.autograd.Function):
         b_out.copy_(b_grad.view_as(b_out))
         c_out.copy_(c_grad.view_as(c_out))
         silu_backward.grad_input(signal_grad, conv_out, grad_input=signal_grad)
-        mixed_grad, conv_grad = _convolve_backward(signal_grad, mixed, conv)
+        mixed_grad, conv_grad = _convolve_backward(signal_grad, mixed, conv, borders)
         convolved_grad.copy_(mixed_grad[:, :, :time].mT)
         return (
             projected_grad,
@@ -157,25 +162,32 @@ class _MixerCore(torch.autograd.Function):
             skipped.sum((0, 1, 3)),
             norm_grad,
             units_grad,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def _convolve(mixed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(
+    mixed: Tensor, weight: Tensor, bias: Tensor | None, borders: Borders | None
+) -> Tensor:
     """Causal depthwise convolution (b, j, t) -> (b, j, t), tap by tap: on a CPU several times
-    faster than the library's, most of all backwards (docs/performance.md)."""
+    faster than the library's, most of all backwards (docs/performance.md). The few steps that
+    would read another document are computed again."""
     time, last = mixed.shape[-1], weight.shape[-1] - 1
     out = mixed * weight[:, :, last]
     if bias is not None:
         out += bias[:, None]
     for back in range(1, min(last + 1, time)):
         out[:, :, back:].addcmul_(mixed[:, :, :-back], weight[:, :, last - back])
+    if borders is not None:
+        near = borders.earlier
+        again = (near.around(mixed) * near.same * _by_distance(weight)).sum(1)  # n j
+        out[near.rows, :, near.steps] = again if bias is None else again + bias
     return out
 
 
-def _convolve_backward(grad: Tensor, mixed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _convolve_backward(
+    grad: Tensor, mixed: Tensor, weight: Tensor, borders: Borders | None
+) -> tuple[Tensor, Tensor]:
     """Gradients of `_convolve`'s input and weight."""
     time, last = mixed.shape[-1], weight.shape[-1] - 1
     mixed_grad, weight_grad = grad * weight[:, :, last], torch.zeros_like(weight)
@@ -185,7 +197,18 @@ def _convolve_backward(grad: Tensor, mixed: Tensor, weight: Tensor) -> tuple[Ten
             mixed_grad[:, :, :-back].addcmul_(later, weight[:, :, last - back])
         taps = torch.linalg.vecdot(later, mixed[:, :, : time - back])  # (b, j)
         weight_grad[:, 0, last - back] = taps.sum(0)
+    if borders is not None:
+        near = borders.later
+        reading = near.around(grad)  # n k j
+        mixed_grad[near.rows, :, near.steps] = (reading * near.same * _by_distance(weight)).sum(1)
+        leaked = (reading * near.across * near.at(mixed)[:, None]).sum(0)  # k j
+        weight_grad[:, 0] -= leaked.T.flip(1)
     return mixed_grad, weight_grad
+
+
+def _by_distance(weight: Tensor) -> Tensor:
+    """(j, 1, k) -> (k, j), the tap that reads a step itself first."""
+    return weight[:, 0].flip(1).T
 
 
 def _kept(units: Tensor | None, inner: int, groups: int) -> Tensor | float:

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from elastic.parent.ssd_chunk import scan_chunks, scan_chunks_backward, without_autocast
+from elastic.parent.ssd_chunk import (
+    chunk_borders,
+    scan_chunks,
+    scan_chunks_backward,
+    without_autocast,
+)
 
 CHUNK = 32
 """Steps handled at once by `ssd_chunked`; any value gives the same result, and this one was fastest
@@ -73,7 +78,8 @@ def ssd_chunked(
         dt = F.pad(dt, (0, 0, 0, padding))
         if documents is not None:
             documents = torch.cat([documents, documents[:, -1:].expand(-1, padding)], dim=1)
-    y: Tensor = _ChunkedScan.apply(x, dt, a, b, c, d, documents, chunk)
+    borders = None if documents is None else chunk_borders(documents, chunk)
+    y: Tensor = _ChunkedScan.apply(x, dt, a, b, c, d, borders, chunk)
     return y[:, :time].to(dtype)
 
 
@@ -83,14 +89,14 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, dt, a, b, c, d, documents, chunk = inputs
+        x, dt, a, b, c, d, borders, chunk = inputs
         batch, time, heads, channels = x.shape
         x_blocks = x.view(batch, -1, chunk, heads, channels)
         dt_last = dt.view(batch, -1, chunk, heads).transpose(2, 3).contiguous()  # b z h l
         entering = x.new_empty(batch, time // chunk, heads, channels, chunk)  # b z h p l
         torch.mul(x_blocks.permute(0, 1, 3, 4, 2), dt_last[:, :, :, None], out=entering)
         b, c = _by_group(b, chunk), _by_group(c, chunk)
-        y, saved = scan_chunks(entering, dt_last * a[:, None], b, c, documents)
+        y, saved = scan_chunks(entering, dt_last * a[:, None], b, c, borders)
         ctx.save_for_backward(x, dt_last, a, d, y, *saved)
         out = torch.empty_like(x_blocks)
         return torch.addcmul(y.permute(0, 1, 4, 2, 3), x_blocks, d[:, None], out=out).view_as(x)

@@ -17,10 +17,11 @@ from helpers.strategies import (
     tiny_member,
     tiny_shape,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic.members.architecture import MambaLayer
 from elastic.members.cut import Cut, layer_cut
+from elastic.parent.borders import Borders
 from elastic.parent.layers import LayerKeep, _SquaredReLU, narrow
 from elastic.parent.norms import RMSNorm
 from elastic.parent.ssd import MambaMixer
@@ -100,11 +101,20 @@ def test_the_squared_relu_is_that() -> None:
     assert_agree(actual, outputs_and_gradients(lambda: F.relu(x).square(), [x]))
 
 
+def plain(mixer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """What the composition gives, which alone can be observed."""
+    assert isinstance(mixer, MambaMixer)
+    mixer.observe = lambda _: None
+    out = run()
+    mixer.observe = None
+    return out
+
+
 @pytest.mark.parametrize("way", ["whole", "sliced", "width", "channels", "width channels"])
+@pytest.mark.parametrize("several", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("time", [1, 3, CHUNK, CHUNK + 5, 3 * CHUNK])
-def test_the_mixer_core_is_the_composition(way: str, time: int) -> None:
-    """One document, said or unsaid, takes either way through the mixer; weights, input and masks
-    have the same gradients."""
+def test_the_mixer_core_is_the_composition(way: str, several: bool, time: int) -> None:
+    """Weights, input and masks have the same gradients either way through the mixer."""
     sliced = way == "sliced"
     shape, member = tiny_shape(), tiny_member()
     layer = next(layer for layer in member.layers if isinstance(layer, MambaLayer))
@@ -120,16 +130,17 @@ def test_the_mixer_core_is_the_composition(way: str, time: int) -> None:
         if name in way
     }
     leaves = [u, *mixer.parameters(), *masks.values()]
+    documents = torch.tensor([0, 0, 2, 2, 2, 3, 4] * CHUNK)[: 2 * time].view(2, time)
+    borders = Borders(documents.cumsum(-1).int(), 4) if several else None
 
-    def run(documents: Tensor | None) -> Tensor:
-        out: Tensor = mixer(u, layer if sliced else None, cuts, LayerKeep(**masks), documents)
+    def run() -> Tensor:
+        out: Tensor = mixer(u, layer if sliced else None, cuts, LayerKeep(**masks), borders)
         return out
 
-    one_document = torch.zeros(2, time, dtype=torch.int32)
-    core = outputs_and_gradients(lambda: run(None), leaves)
-    plain = outputs_and_gradients(lambda: run(one_document), leaves)
-    assert_near(core[0], plain[0])
-    off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(plain[1:])))
+    core = outputs_and_gradients(run, leaves)
+    composed = outputs_and_gradients(lambda: plain(mixer, run), leaves)
+    assert_near(core[0], composed[0])
+    off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(composed[1:])))
     assert max(off.values()) <= 10 * TOLERANCE[torch.float32]
 
 
@@ -139,17 +150,18 @@ def test_a_limited_step_has_a_gradient_only_within_the_limit(limit: list[float])
     mixer = random_parent(tiny_shape(time_step_limit=limit)).backbone.layers[0].mixer
     free = random_parent(tiny_shape()).backbone.layers[0].mixer
     u = normal(2, 2 * CHUNK + 5, tiny_shape().hidden_size)
-    one_document = torch.zeros(u.shape[:2], dtype=torch.int32)
 
-    def run(owner: MambaMixer, documents: Tensor | None) -> list[Tensor]:
-        leaves = [u, *owner.parameters()]
-        return outputs_and_gradients(lambda: owner(u, None, {}, LayerKeep(), documents), leaves)
+    def run(owner: nn.Module) -> Tensor:
+        out: Tensor = owner(u, None, {}, LayerKeep())
+        return out
 
-    core, plain = run(mixer, None), run(mixer, one_document)
-    assert_near(core[0], plain[0])
-    off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(plain[1:])))
+    leaves = [u, *mixer.parameters()]
+    core = outputs_and_gradients(lambda: run(mixer), leaves)
+    composed = outputs_and_gradients(lambda: plain(mixer, lambda: run(mixer)), leaves)
+    assert_near(core[0], composed[0])
+    off = gradient_differences(dict(enumerate(core[1:])), dict(enumerate(composed[1:])))
     assert max(off.values()) <= 10 * TOLERANCE[torch.float32]
-    assert difference(core[0], run(free, None)[0]) > 1e-3, "the limit binds"
+    assert difference(core[0], run(free)) > 1e-3, "the limit binds"
 
 
 def test_a_step_far_below_the_old_clamp_still_learns() -> None:
