@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
 from elastic.bench.measure import Timings, rounds, synchronise
 from elastic.bench.result import Figures, Result, table
@@ -26,7 +27,7 @@ from elastic.bench.subjects import (
     shape_of,
 )
 from elastic.config import OptimConfig, RunBenchConfig, StageConfig, TrainerConfig
-from elastic.data import TextDataModule
+from elastic.data import Batch, one_document
 from elastic.members.architecture import Space
 from elastic.members.goals import Target
 from elastic.members.search import Choice
@@ -144,11 +145,11 @@ class _Bench:
             name: Target.params(self.shape, choice.params) for name, choice in choices.items()
         }
         self.parent: HybridParent = random_parent(config.parent, config.seed, device)
-        self.teacher = OnlineTeacher(self.parent, config.precision, None)
+        self.teacher = OnlineTeacher(self.parent, config.precision)
         self.families = {frozen: self._family() for frozen in (False, True)}
         self.families[True].freeze(choices)
         text = random_tokens(self.shape.vocab_size, SEQUENCES, config.sequence_length, config.seed)
-        self.text = text.flatten().numpy()
+        self.text = text
 
     def _family(self) -> Family:
         """Never frozen by schedule: its router learns until it is frozen by hand."""
@@ -224,21 +225,22 @@ class _Bench:
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             )
-            trainer.fit(module, train_dataloaders=self._data(stage).train_dataloader())
+            batches: Any = self._batches(stage)
+            trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
         return times.median(config.warmup)
 
-    def _data(self, stage: Stage) -> TextDataModule:
-        return TextDataModule(
-            self.text,
-            self.text,
-            sequence_length=stage.config.sequence_length,
-            batch_sequences=stage.batch_sequences,
-            validation_sequences=1,
-            validation_batch=1,
-            seed=self.config.seed,
-            stage_name=stage.name,
-            repeats=stage.passes,
-        )
+    def _batches(self, stage: Stage) -> list[Batch]:
+        """One micro-batch after another, each as often as it is passed."""
+        rows = [
+            torch.arange(start, start + stage.batch_sequences) % len(self.text)
+            for start in range(0, stage.steps * self._sequences(stage), stage.batch_sequences)
+        ]
+        return [one_document(self.text[some]) for some in rows for _ in range(stage.passes)]
+
+    @staticmethod
+    def _sequences(stage: Stage) -> int:
+        """Of an optimizer step."""
+        return stage.config.batch_tokens // stage.config.sequence_length
 
 
 @contextmanager

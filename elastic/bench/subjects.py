@@ -19,6 +19,7 @@ from elastic.config import (
     StageConfig,
     TrainerConfig,
 )
+from elastic.data import one_document
 from elastic.losses import token_terms
 from elastic.members.architecture import Space
 from elastic.members.balanced import balanced_family
@@ -94,19 +95,20 @@ class TrainingStep:
         precision: str,
         distils: bool = False,
     ) -> None:
-        batch_tokens = batch[:, 1:].numel()
+        self.batch = one_document(batch)
+        batch_tokens = self.batch.inputs.numel()
         stage = StageConfig(
             mode="pretrain",
             tokens=batch_tokens,
-            sequence_length=batch.shape[1] - 1,
+            sequence_length=self.batch.inputs.shape[1],
             batch_tokens=batch_tokens,
             model_lr=1e-4,
         )
         (planned,) = plan({"bench": stage}, TrainerConfig())
         self.device = next(parent.parameters()).device
-        self.batch = batch.to(self.device)
+        self.batch = self.batch.to(self.device)
         self.precision = precision
-        self.teacher = OnlineTeacher(parent, precision, None) if distils else None
+        self.teacher = OnlineTeacher(parent, precision) if distils else None
         if self.teacher is not None:
             self.teacher.start(self.device, "bench")
         parent.to(_stored(precision))
@@ -123,8 +125,7 @@ class TrainingStep:
             student = module.head(batch, member)
             if self.teacher is not None:
                 teacher = self.teacher.distributions(batch, "train", 0)
-            targets = batch[:, 1:].flatten()
-            loss = token_terms(student, teacher, targets, module.objective)["total"]
+            loss = token_terms(student, teacher, batch.targets, module.objective)["total"]
         module.optimizer_zero_grad(0, 0, self.optimizer)
         loss.backward()
         module.configure_gradient_clipping(self.optimizer)

@@ -17,6 +17,7 @@ from elastic.config import (
     EvaluateConfig,
     ExtractConfig,
     PlanConfig,
+    PrepareConfig,
     RunConfig,
     StudyConfig,
 )
@@ -98,6 +99,13 @@ def study(config: StudyConfig) -> None:
     from elastic.study.work import work
 
     work(config)
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Prepare the text of a run."""
+    from elastic.training.prepare_text import prepare_text
+
+    prepare_text(config)
 
 
 def cache_teacher(config: CacheTeacherConfig) -> None:
@@ -226,11 +234,21 @@ COMMANDS = {
             summary="Measure every member of a run on the text that nothing was chosen by.",
             text="Members that have been extracted are measured as extracted, others are cut in "
             "memory.",
-            settings=("run_dir", "members", "sequences", "sequence_length", "prompts", "output"),
+            settings=(
+                "run_dir",
+                "members",
+                "sequences",
+                "sequence_length",
+                "prompts",
+                "tasks",
+                "problems",
+                "difficulties",
+                "output",
+            ),
             examples=(
                 ("run_dir=runs/tiny", "members cut in memory"),
                 ("run_dir=runs/tiny members=runs/tiny/members", "or as extracted"),
-                ("""run_dir=runs/tiny 'prompts=["import os"]' new_tokens=16""", "another prompt"),
+                ("run_dir=runs/tiny_reasoning tasks=[arithmetic]", "problems to answer"),
             ),
             also="python -m elastic.evaluate",
         ),
@@ -261,6 +279,31 @@ COMMANDS = {
                 ("jobs=2 threads=1", "two runs at a time"),
             ),
             also="python -m elastic.study",
+        ),
+        Command(
+            name="prepare",
+            config="prepare",
+            schema=PrepareConfig,
+            run=prepare,
+            summary="Tokenise and pack a run's text before the run, and show it.",
+            text="Reads every source once, by all cores, and keeps what is done: the same command "
+            "goes on where it was stopped. Training with the same settings starts at once.",
+            groups=("data", "experiment", "curriculum"),
+            settings=(
+                "data.sources",
+                "data.path",
+                "data.prepared",
+                "data.packing",
+                "data.on_error",
+                "data.workers",
+                "preview",
+            ),
+            examples=(
+                ("preview=2", "the tiny run's text, and two sequences of each stage"),
+                ("data=files 'data.path=texts/*.jsonl' data.tokenizer=train", "your own files"),
+                ("data=arithmetic curriculum=tiny_reasoning preview=1", "problems with reasoning"),
+            ),
+            also="python -m elastic.data",
         ),
         *map(bench, BENCHES),
         Command(

@@ -8,6 +8,7 @@ that a typing mistake is reported in a second.
 from elastic.config.bench import (
     BENCHES,
     BenchConfig,
+    DataBenchConfig,
     ExtractBenchConfig,
     LossBenchConfig,
     ProfileBenchConfig,
@@ -23,8 +24,10 @@ from elastic.config.commands import (
     CacheTeacherConfig,
     EvaluateConfig,
     ExtractConfig,
+    PrepareConfig,
     RunConfig,
 )
+from elastic.config.data import DataConfig, SourceConfig
 from elastic.config.gate import CONF, explain, parse
 from elastic.config.model import (
     AXES,
@@ -41,7 +44,6 @@ from elastic.config.plan import PlanConfig, PlanSettings
 from elastic.config.study import ArmConfig, StudyConfig, StudySettings
 from elastic.config.training import (
     CurriculumConfig,
-    DataConfig,
     LoggerConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -64,6 +66,7 @@ __all__ = [
     "CacheTeacherConfig",
     "ConfigError",
     "CurriculumConfig",
+    "DataBenchConfig",
     "DataConfig",
     "EvaluateConfig",
     "ExtractBenchConfig",
@@ -78,12 +81,14 @@ __all__ = [
     "ParentShape",
     "PlanConfig",
     "PlanSettings",
+    "PrepareConfig",
     "ProfileBenchConfig",
     "RouterConfig",
     "RunBenchConfig",
     "RunConfig",
     "ScanBenchConfig",
     "ScanShape",
+    "SourceConfig",
     "SpaceConfig",
     "StageConfig",
     "StepBenchConfig",

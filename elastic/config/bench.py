@@ -258,6 +258,39 @@ class ExtractBenchConfig(BenchConfig):
         require(bool(smaller), "budgets", dict(self.budgets), "at least one below the parent")
 
 
+@dataclass(kw_only=True)
+class DataBenchConfig(BenchConfig):
+    """Text to tokens, and tokens to batches beside a training step."""
+
+    parent: ParentConfig
+    megabytes: float = 100
+    """Text that is tokenised; and a tenth of it, to see whether memory grows."""
+    vocabulary: int = 1024
+    """Of the tokenizer, which is trained here."""
+    sequences: int = 8
+    """Sequences per batch."""
+    sequence_length: int = 256
+    """Tokens per sequence."""
+    steps: int = 20
+    """Batches, and training steps, of every round."""
+    loader_workers: list[int]
+    """Processes that load batches; 0 is none."""
+    dir: str | None = None
+    """Where the text is written; null is the system's place for temporary files."""
+    memory: bool = True
+    """Measure peak memory too, in a process of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_parent(self.parent)
+        self.positive("megabytes", "sequences", "sequence_length", "steps")
+        most = self.parent.shape.vocab_size if self.parent.shape else 260
+        allowed = f"from 260 to parent.shape.vocab_size={most}"
+        require(260 <= self.vocabulary <= most, "vocabulary", self.vocabulary, allowed)
+        workers = self.loader_workers
+        require(min(workers, default=-1) >= 0, "loader_workers", workers, "at least 0")
+
+
 BENCHES: dict[str, type[BenchConfig]] = {
     "step": StepBenchConfig,
     "run": RunBenchConfig,
@@ -265,5 +298,6 @@ BENCHES: dict[str, type[BenchConfig]] = {
     "loss": LossBenchConfig,
     "profile": ProfileBenchConfig,
     "extract": ExtractBenchConfig,
+    "data": DataBenchConfig,
 }
 """Name of every bench, and what it reads."""

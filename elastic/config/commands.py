@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from elastic.config.budgets import BudgetConfig
 from elastic.config.checks import ConfigError, check_names, one_of, require
+from elastic.config.data import DataConfig
 from elastic.config.model import (
     ImportanceConfig,
     NormsConfig,
@@ -12,9 +13,9 @@ from elastic.config.model import (
     RouterConfig,
     SpaceConfig,
 )
+from elastic.config.tasks import DIFFICULTIES, TASKS
 from elastic.config.training import (
     CurriculumConfig,
-    DataConfig,
     LoggerConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -102,6 +103,13 @@ class RunConfig:
                 f"a divisor of {each}, the sequences that each of {processes} process(es) has in a "
                 "step",
             )
+            for source in stage.weights or {}:
+                require(
+                    source in self.data.sources,
+                    f"{where}.weights",
+                    source,
+                    f"of data.sources: {', '.join(self.data.sources)}",
+                )
         groups, processes = self.router.noise_groups, self.trainer.world_size
         require(
             processes % groups == 0,
@@ -210,6 +218,18 @@ class CacheTeacherConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
+class PrepareConfig(RunConfig):
+    """Everything `elastic prepare` reads: the run whose text it is."""
+
+    preview: int = 0
+    """Sequences of every stage to print, as training sees them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.preview >= 0, "preview", self.preview, "at least 0")
+
+
+@dataclass(kw_only=True)
 class ExtractConfig:
     """Settings of `elastic extract`."""
 
@@ -263,10 +283,31 @@ class EvaluateConfig:
     """Beginnings that the smallest member continues."""
     new_tokens: int = 48
     """Tokens generated after each prompt."""
+    tasks: list[str] = field(default_factory=list)
+    """What every member and the parent answer besides: `arithmetic`, for a run on conversations."""
+    problems: int = 32
+    """Problems of a task per family and difficulty, none of which any run was trained on; fewer
+    where there are no more."""
+    difficulties: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Of the problems, from 1 to 8."""
+    answer_tokens: int = 384
+    """Tokens that an answer may have, with its thoughts; one that is longer is wrong."""
     output: str | None = None
     """Where the JSON goes; null is `run_dir`/family.json."""
 
     def __post_init__(self) -> None:
         require(all(self.prompts), "prompts", self.prompts, "texts of at least a character each")
-        for name in ("sequences", "sequence_length", "batch_size", "new_tokens"):
+        positive = ("sequences", "sequence_length", "batch_size", "new_tokens")
+        for name in (*positive, "problems", "answer_tokens"):
             require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for task in self.tasks:
+            one_of("tasks", task, TASKS)
+        require(bool(self.difficulties), "difficulties", self.difficulties, "at least one")
+        for name in ("tasks", "difficulties"):
+            given = getattr(self, name)
+            require(len(set(given)) == len(given), name, given, "different ones")
+        for difficulty in self.difficulties:
+            least, most = DIFFICULTIES[0], DIFFICULTIES[-1]
+            require(
+                difficulty in DIFFICULTIES, "difficulties", difficulty, f"from {least} to {most}"
+            )

@@ -26,11 +26,13 @@ class PlanSettings:
     """Peak of a GPU's matrix products; an H100's in dense bfloat16."""
     utilisation: float = 0.4
     """Share of that peak at which all FLOPs of training run, recomputed ones included."""
+    tokens_per_core_second: float = 400_000
+    """Speed at which one core prepares text."""
     price_per_gpu_hour: float | None = None
     """What one GPU costs per hour, in any currency; null leaves the cost out."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "gpu_gib", "node_gib", "gpu_tflops"):
+        for name in ("batch", "gpu_gib", "node_gib", "gpu_tflops", "tokens_per_core_second"):
             require(getattr(self, name) > 0, f"plan.{name}", getattr(self, name), "positive")
         for name in ("contexts", "gpus"):
             values = getattr(self, name)

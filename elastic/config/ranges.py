@@ -29,16 +29,18 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
     (2**32 - 1, "seed seeds"),  # what every library's generator takes
     (
         COUNT,
-        "tokens params active_params weight_bytes cache_bytes flops batch_tokens "
-        "micro_batch_tokens max_shard_bytes shard_bytes",
+        "tokens target_tokens prepare_inline_tokens max_characters params active_params "
+        "weight_bytes cache_bytes flops batch_tokens micro_batch_tokens max_shard_bytes "
+        "shard_bytes",
     ),
     (
         LENGTH,
         "sequence_length depth_sequence_length chunk_tokens context contexts samples depth_samples "
         "depth_positions sequences validation_sequences validation_every batch_size batch "
-        "shard_sequences warmup_steps settled_steps draws budgets_per_batch noise_groups "
-        "validate_every families checkpoint_every keep_checkpoints max_bad_steps log_every "
-        "max_position_embeddings new_tokens time steps repeats warmup chunks stock_chunks",
+        "shard_sequences problems preview warmup_steps settled_steps draws budgets_per_batch "
+        "noise_groups validate_every families checkpoint_every keep_checkpoints max_bad_steps "
+        "log_every max_position_embeddings new_tokens answer_tokens time steps repeats warmup "
+        "chunks stock_chunks",
     ),
     (10**7, "vocab_size tokenizer_vocab vocabulary top_k gpus"),
     (
@@ -46,18 +48,23 @@ _BY_MOST: tuple[tuple[float, str], ...] = (
         "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim "
         "mamba_num_heads mamba_head_dim n_groups ssm_state_size hidden ffn mamba_heads "
         "attention_heads depth heads channels groups state square patience worker workers "
-        "num_nodes",
+        "num_nodes loader_workers",
     ),
     (10**4, "hidden_units devices jobs threads"),
-    (64, "conv_kernel candidates rounds"),
+    (64, "conv_kernel candidates rounds difficulties"),
     (
         WEIGHT,
         "distillation_weight cross_entropy_weight budget_weight budget_rate temperature "
         "temperature_start temperature_end scale_start scale_end full_bias model_lr router_lr "
         "round_share weight_decay tolerance freeze_at hard_probability final_lr_ratio "
-        "budget_probabilities beta1 beta2 utilisation share shares scale",
+        "budget_probabilities weight weights max_skip_fraction beta1 beta2 utilisation share "
+        "shares scale",
     ),
-    (1e9, "gradient_clip gpu_gib reserve_gib node_gib gpu_tflops price_per_gpu_hour"),
+    (
+        1e9,
+        "gradient_clip gpu_gib reserve_gib node_gib gpu_tflops price_per_gpu_hour megabytes "
+        "tokens_per_core_second",
+    ),
     (1e30, "time_step_limit"),
     (1, "eps norm_eps"),
 )

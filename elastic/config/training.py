@@ -111,6 +111,9 @@ class StageConfig:
     the choices are final, and the cosine runs from there to the end of the last stage."""
     final_lr_ratio: float = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
+    weights: dict[str, float] | None = None
+    """Share of each of `data.sources` in this stage's sequences, as `weight` there; one that is not
+    named has none. null takes the sources' own."""
 
     def check(self, where: str) -> None:
         """Raise `ConfigError` for a value that cannot work; `where` is the stage's key."""
@@ -148,6 +151,13 @@ class StageConfig:
             passes,
             "1: a pretrain stage has no budgets",
         )
+        if self.weights is not None:
+            require(
+                min(self.weights.values(), default=-1) >= 0 and sum(self.weights.values()) > 0,
+                f"{where}.weights",
+                dict(self.weights),
+                "non-negative, and one of them positive",
+            )
         probabilities = self.budget_probabilities
         if probabilities is not None:
             key, shown = f"{where}.budget_probabilities", dict(probabilities)
@@ -194,63 +204,6 @@ class CurriculumConfig:
             "curriculum.stages",
             list(self.stages),
             "ordered: every pretrain stage before the first elastic one",
-        )
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """Text, tokenizer and packing."""
-
-    source: str = "stdlib"
-    """`stdlib` is the source code of this Python's own library; `files` are local text, jsonl or
-    parquet files; `hub` is a data set by its hub id."""
-    path: str | None = None
-    """For `files` a glob, for `hub` the data set's id."""
-    subset: str | None = None
-    """For `hub`: the configuration of the data set."""
-    split: str = "train"
-    """For `hub`: the split."""
-    text_column: str = "text"
-    """Column of the text in jsonl, parquet and hub data."""
-    skip_missing: bool = False
-    """Leave out records of jsonl, parquet and hub data that have no text in it, and say how many;
-    false refuses them."""
-    validation_every: int = 17
-    """Every n-th document is held out: in turns for validation, by which is chosen, and for the
-    report, on which `elastic evaluate` measures."""
-    validation_sequences: int = 32
-    """Fixed validation sequences per budget during training."""
-    tokenizer: str = "train"
-    """`train` builds a byte-level BPE on the text; `parent` takes the parent's; else a path or hub
-    id."""
-    tokenizer_vocab: int = 1024
-    """Vocabulary of a tokenizer that is trained here."""
-    separate_documents: bool = False
-    """Whether the end-of-text token starts a document that sees nothing of those before it, in
-    training and in its validation; false lets state and attention cross, as is usual."""
-
-    def __post_init__(self) -> None:
-        one_of("data.source", self.source, ("stdlib", "files", "hub"))
-        require(
-            (self.source == "stdlib") == (self.path is None),
-            "data.path",
-            self.path,
-            "set for data.source=files and data.source=hub, and null for stdlib",
-        )
-        require(
-            self.validation_every >= 2, "data.validation_every", self.validation_every, "at least 2"
-        )
-        require(
-            self.validation_sequences > 0,
-            "data.validation_sequences",
-            self.validation_sequences,
-            "positive",
-        )
-        require(
-            self.tokenizer_vocab >= 260,
-            "data.tokenizer_vocab",
-            self.tokenizer_vocab,
-            "at least 260: 256 bytes and the special tokens",
         )
 
 

@@ -1,22 +1,23 @@
-"""Text: sources, tokenising, packing, and batches for Lightning."""
+"""Text: sources -> records -> tokens -> packs -> batches."""
 
-from elastic.data.corpus import Corpus, load_corpus
-from elastic.data.datamodule import TextDataModule
-from elastic.data.packing import PackedTokens, load_tokens, save_tokens, tokenize
-from elastic.data.prepare import PreparedData, prepare_data
+from elastic.data.batches import Batch, Sequences, TextDataModule, batch_of, one_document
+from elastic.data.prepare import open_prepared, prepare_data
+from elastic.data.prepared import SPLITS, PreparedData, StageText, stage_text
 from elastic.data.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 
 __all__ = [
-    "Corpus",
-    "PackedTokens",
+    "SPLITS",
+    "Batch",
     "PreparedData",
+    "Sequences",
+    "StageText",
     "TextDataModule",
+    "batch_of",
     "check_vocabulary",
-    "load_corpus",
     "load_tokenizer",
-    "load_tokens",
+    "one_document",
+    "open_prepared",
     "prepare_data",
-    "save_tokens",
-    "tokenize",
+    "stage_text",
     "train_tokenizer",
 ]

@@ -1,21 +1,25 @@
 """Tokenizers: train a small one on the text itself, or load one that exists."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elastic.config import ConfigError
-from elastic.data.corpus import reason
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 """In the order of their ids 0, 1, 2: the ones that NemotronHConfig has by default."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, controls: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE over `texts`, with at most `vocab_size` tokens; the same every time.
+
+    Args:
+        controls: further special tokens, those of a chat template.
 
     Any text is decoded to exactly itself. There is no unknown token, since every byte is a token,
     and text that happens to spell `<eos>` is bytes like any other: it cannot end a document.
@@ -25,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS.values()),
+        special_tokens=[*SPECIAL_TOKENS.values(), *controls],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -34,6 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         tokenizer_object=bpe,
         clean_up_tokenization_spaces=False,  # it would eat spaces before punctuation
         split_special_tokens=True,
+        additional_special_tokens=list(controls),
         **SPECIAL_TOKENS,
     )
 
@@ -59,6 +64,14 @@ def load_tokenizer(
     for found in ("is_local", "local_files_only"):  # would be saved with it; how it came here
         tokenizer.init_kwargs.pop(found, None)
     return tokenizer
+
+
+def reason(error: BaseException) -> str:
+    """First line of the root cause of `error`, which libraries wrap."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

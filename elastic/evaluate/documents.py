@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from elastic.config import ConfigError
-from elastic.data import PackedTokens
-from elastic.data.packing import Tokens
+from elastic.data import PreparedData
+from elastic.data.order import SOURCE_BITS
 from elastic.losses.divergences import forward_kl
 
 Logits = Callable[[Tensor], Tensor]
@@ -21,17 +21,18 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ReportText:
-    """Windows of a text, and which document each of their targets is of."""
+    """Pieces of documents, each in a row of its own, and which document each target is of."""
 
     batches: list[Tensor]
     """(b, t + 1) int64 each."""
     documents: list[Tensor]
-    """(b, t) int64 each: number of the document of every target, from 0 in their order."""
+    """(b, t) int64 each: number of the document of every target, from 0 on; -1 where none
+    counts."""
 
     @property
     def tokens(self) -> int:
         """Targets."""
-        return sum(each.numel() for each in self.documents)
+        return sum(int((each >= 0).sum()) for each in self.documents)
 
     @property
     def document_count(self) -> int:
@@ -39,44 +40,31 @@ class ReportText:
 
 
 def report_text(
-    tokens: Tokens,
-    end: int | None,
-    sequences: int,
-    length: int,
-    batch: int,
-    vocabulary: int | None = None,
+    data: PreparedData, split: str, sequences: int, length: int, batch: int
 ) -> ReportText:
-    """Windows spread evenly over a text whose documents end with the token `end`.
+    """Pieces of held-out documents, of every source by its share and spread evenly over its text. A
+    row has one piece, and padding behind it, so that any model may read it.
 
     Args:
-        sequences: at most so many windows of `length` targets, in batches of `batch`.
-        end: None where documents are not marked: then each window counts as one.
+        sequences: at most so many rows of at most `length` targets, in batches of `batch`.
 
     Raises:
-        ConfigError: not even one window fits, or all of them are within one document; a token that
-            a `vocabulary` of that size does not have.
+        ConfigError: all of them are within one document; a token that the parent does not have.
     """
-    windows = PackedTokens(
-        tokens, length, setting="sequence_length", text="report text", vocabulary=vocabulary
-    )
-    count = min(sequences, len(windows))
-    starts = [i * len(windows) // count for i in range(count)]
-    chosen = torch.stack([windows[start] for start in starts])  # (n, t + 1)
-    if end is None:
-        numbers = torch.arange(count)[:, None].expand(-1, length)
-    else:
-        flat = np.asarray(tokens)
-        before = np.cumsum(flat == end) - (flat == end)  # an end belongs to what it ends
-        places = np.array(starts)[:, None] * length + 1 + np.arange(length)
-        numbers = torch.from_numpy(before[places].astype(np.int64))
-    _, numbers = torch.unique(numbers, return_inverse=True)
+    rows, keys = data.held_out_rows(split, length, sequences, packing="none")
+    tokens = torch.stack([torch.from_numpy(rows[key].tokens) for key in keys])  # (n, t + 1)
+    sources = np.array([key >> SOURCE_BITS for key in keys])[:, None]
+    found = np.stack([rows.documents(key) for key in keys])
+    numbered = np.where(found < 0, -1, found + (sources << SOURCE_BITS))
+    known, inverse = np.unique(numbered, return_inverse=True)
+    numbers = torch.from_numpy(inverse.reshape(numbered.shape) - int(known[0] < 0))
     if int(numbers.max()) == 0:
         raise ConfigError(
-            f"sequences={sequences}: all windows of {length} tokens are within one document, which "
+            f"sequences={sequences}: all pieces of {length} tokens are of one document, which "
             "gives no standard error; take more (sequences) or hold out more documents "
             "(data.validation_every)"
         )
-    return ReportText(list(chosen.split(batch)), list(numbers.split(batch)))
+    return ReportText(list(tokens.split(batch)), list(numbers.split(batch)))
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ def sums_by_document(models: Sequence[Logits], reference: Logits, text: ReportTe
     runs once for all."""
     totals = np.zeros((len(models), 3, text.document_count))
     for batch, documents in zip(text.batches, text.documents, strict=True):
-        inputs, targets = batch[:, :-1], batch[:, 1:]
+        inputs, targets, counted = batch[:, :-1], batch[:, 1:], documents >= 0
         log_p = torch.log_softmax(reference(inputs).float(), -1)
         for model, found in zip(models, totals, strict=True):
             log_q = torch.log_softmax(model(inputs).float(), -1)
@@ -107,7 +95,7 @@ def sums_by_document(models: Sequence[Logits], reference: Logits, text: ReportTe
             )
             for total, value in zip(found, values, strict=True):
                 total += np.bincount(
-                    documents.flatten().numpy(), value.flatten().double().cpu().numpy(), len(total)
+                    documents[counted].numpy(), value.cpu()[counted].double().numpy(), len(total)
                 )
     return [Sums(*found) for found in totals]
 

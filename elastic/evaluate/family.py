@@ -3,6 +3,7 @@ that it writes."""
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers.utils import logging as transformers_logging
 from elastic import load
 from elastic.config import ConfigError, EvaluateConfig, RunConfig, parse
 from elastic.console import table as console_table
-from elastic.data import load_tokenizer, load_tokens
+from elastic.data import load_tokenizer, open_prepared
+from elastic.evaluate.answers import arithmetic, as_json, check_chat
+from elastic.evaluate.answers import table as score_table
 from elastic.evaluate.documents import (
     Logits,
     mean_and_error,
@@ -80,14 +83,19 @@ def _model(config: EvaluateConfig, elastic: Path, budget: str) -> NemotronHForCa
     return load_exported(directory, elastic, budget, torch.float32)
 
 
-def _parent(run_dir: Path) -> HybridParent:
-    """The parent as it was before elastic training."""
-    source = run_dir / "parent"
-    if source.is_dir():
-        return load_parent(source)
+def _parent_directory(run_dir: Path) -> Path:
+    """Where the parent is as it was before elastic training."""
+    if (run_dir / "parent").is_dir():
+        return run_dir / "parent"
     run = parse(read_yaml(run_dir / "config.yaml"), RunConfig)
     assert run.parent.path is not None
-    source = locate(run.parent.path)
+    return locate(run.parent.path)
+
+
+def _parent(run_dir: Path) -> HybridParent:
+    source = _parent_directory(run_dir)
+    if source == run_dir / "parent":
+        return load_parent(source)
     return load_parent(source, seals=parent_seals(source, run_dir))
 
 
@@ -110,14 +118,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.members is not None and not Path(config.members).is_dir():
         raise ConfigError(f"members={config.members}: must be a directory of extracted members")
     parent = _parent(run_dir)
+    run = parse(read_yaml(run_dir / "config.yaml"), RunConfig)
+    data = open_prepared(run.data, run_dir, parent.shape.vocab_size)
     tokenizer = load_tokenizer(elastic, "tokenizer")
+    if config.tasks:
+        check_chat(tokenizer, str(elastic))
     report = report_text(
-        load_tokens(run_dir / "data" / "report.npy"),
-        tokenizer.eos_token_id,
-        config.sequences,
-        config.sequence_length,
-        config.batch_size,
-        parent.shape.vocab_size,
+        data, "report", config.sequences, config.sequence_length, config.batch_size
     )
     (original,) = sums_by_document([parent.logits], parent.logits, report)
     parent_loss, _ = mean_and_error(original.loss, original.tokens)
@@ -164,8 +171,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         },
         "generated": {"budget": smallest, "text": written},
     }
+    answers = []
+    if config.tasks:
+        openers: dict[str, Callable[[], Any]] = {
+            "parent": partial(load, _parent_directory(run_dir), dtype=torch.float32)
+        }
+        for budget in manifest.budgets:
+            openers[budget] = partial(_model, config, elastic, budget)
+        answers = arithmetic(config, tokenizer, openers)
+        family["tasks"] = {"arithmetic": as_json(config, answers)}
     write_json(output, family)
     print(table(parent_loss, parent_params, rows))
+    if answers:
+        print(f"\n{score_table(answers)}")
     print(f"\n{smallest}, loaded by transformers, continues:")
     for continuation in written:
         print("\n".join("    " + line for line in continuation.splitlines()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic.cluster.place import ALONE, Place, add_up
 from elastic.config import ImportanceConfig
 from elastic.console import Bar
+from elastic.data import Batch
 from elastic.importance.basis import GatedStatistic, StreamStatistic, stream_norms
 from elastic.importance.passes import enter, products, require_finite, through
 from elastic.parent import HybridParent
@@ -140,7 +141,7 @@ def _observing(
 @torch.no_grad()
 def collect(
     parent: HybridParent,
-    calibration: Tensor,
+    calibration: Batch,
     config: ImportanceConfig,
     place: Place = ALONE,
 ) -> Statistics:
@@ -149,18 +150,19 @@ def collect(
 
     Args:
         parent: where it is to run, as `passes.make_ready` leaves it.
-        calibration: (samples, t) int64, the same on every process.
+        calibration: (samples, t), the same on every process.
         place: takes a part of it, and every n-th norm's covariance, n processes.
 
     Raises:
         ValueError: a statistic is not finite.
     """
-    batches = calibration[: config.samples].split(config.batch_size)
+    batches = calibration.first(config.samples).split(config.batch_size)
     of, rank, layers = place.world_size, place.rank, range(len(parent.shape.kinds))
     mine = batches[len(batches) * rank // of : len(batches) * (rank + 1) // of]
     with _observing(parent, config) as (scores, streams, gated), products(parent):
         for batch in Bar(mine, desc="rank width", disable=rank > 0 or not sys.stderr.isatty()):
-            parent.backbone.norm_f(through(parent, enter(parent, batch), layers))
+            x = enter(parent, batch.inputs)
+            parent.backbone.norm_f(through(parent, x, layers, batch.documents))
     for measured in (scores, streams, gated):
         for statistic in measured.values():
             statistic.share()

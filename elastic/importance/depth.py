@@ -18,6 +18,7 @@ from torch import Tensor
 from elastic.cluster.place import ALONE, Place, add_up
 from elastic.config import ImportanceConfig
 from elastic.console import Bar
+from elastic.data import Batch
 from elastic.importance.passes import enter, gram, products, require_finite, through
 from elastic.members.architecture import droppable_layers
 from elastic.members.trials import Round
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 def rank_layers(
     parent: HybridParent,
-    calibration: Tensor,
+    calibration: Batch,
     config: ImportanceConfig,
     count: int,
     generator: torch.Generator,
@@ -43,7 +44,7 @@ def rank_layers(
 
     Args:
         parent: where it is to run, as `passes.make_ready` leaves it.
-        calibration: (samples, t) int64, the same on every process.
+        calibration: (samples, t), the same on every process.
         place: makes a part of the trials.
 
     Returns `count` layer indices, and the error of every trial per round; whatever the number of
@@ -85,21 +86,21 @@ def rank_layers(
 
 
 def walk(
-    parent: HybridParent, tokens: Tensor, layers: Sequence[int], tried: Sequence[int]
+    parent: HybridParent, batch: Batch, layers: Sequence[int], tried: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """The residual stream (b, t, d) behind the last of `layers`, without each of `tried` in turn.
 
     What comes before a layer runs once for all trials; no more than two streams exist. Both
     sequences are in the network's order.
     """
-    x, left = enter(parent, tokens), list(tried)
+    x, left = enter(parent, batch.inputs), list(tried)
     for position, layer in enumerate(layers):
         if left and left[0] == layer:
-            yield layer, through(parent, x, layers[position + 1 :])
+            yield layer, through(parent, x, layers[position + 1 :], batch.documents)
             del left[0]
             if not left:
                 return
-        x = through(parent, x, [layer])
+        x = through(parent, x, [layer], batch.documents)
 
 
 class Trials:
@@ -109,13 +110,14 @@ class Trials:
     def __init__(
         self,
         parent: HybridParent,
-        calibration: Tensor,
+        calibration: Batch,
         config: ImportanceConfig,
         generator: torch.Generator,
         place: Place,
     ) -> None:
         self.parent, self.place = parent, place
-        tokens = calibration[: config.depth_samples]
+        calibration = calibration.first(config.depth_samples)
+        tokens = calibration.inputs
         time_steps = tokens.shape[1]
         chosen = torch.stack(
             [
@@ -123,7 +125,7 @@ class Trials:
                 for _ in tokens
             ]
         ).to(tokens.device)  # (s, n)
-        self.batches = tokens.split(config.batch_size)
+        self.batches = calibration.split(config.batch_size)
         self.positions = chosen.split(config.batch_size)
         self.gram = gram(parent.head_weight())  # (d, d) float64
         self.references, scale = self._references(*chosen.shape)
@@ -181,7 +183,9 @@ class Trials:
         layers = range(len(self.parent.shape.kinds))
         with products(self.parent):
             for number in range(self.place.rank, len(found), self.place.world_size):
-                x = through(self.parent, enter(self.parent, self.batches[number]), layers)
+                batch = self.batches[number]
+                x = enter(self.parent, batch.inputs)
+                x = through(self.parent, x, layers, batch.documents)
                 found[number].copy_(self._picked(x, number))
                 squares[number] = self._energy(found[number])
         add_up(states)

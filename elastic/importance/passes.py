@@ -7,6 +7,7 @@ float64. Shapes: b batch, t time, d hidden, v vocabulary.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,13 @@ def enter(parent: HybridParent, tokens: Tensor) -> Tensor:
     return F.embedding(tokens, parent.backbone.embeddings.weight).float()
 
 
-def through(parent: HybridParent, x: Tensor, layers: Iterable[int]) -> Tensor:
-    """The residual stream (b, t, d) float32 after some layers of the parent, one after another."""
+def through(parent: HybridParent, x: Tensor, layers: Iterable[int], documents: Tensor) -> Tensor:
+    """The residual stream (b, t, d) float32 after some layers of the parent, one after another;
+    `documents` (b, t) as in `HybridParent.forward`."""
+    borders = parent.borders(documents)
     for index in layers:
-        x = parent.backbone.layers[index](x, None, {}, None, _WHOLE)
+        block: Any = parent.backbone.layers[index]
+        x = block(x, None, {}, None, _WHOLE, borders.get(block.kind))
     return x
 
 

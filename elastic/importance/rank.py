@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic.cluster.place import ALONE, Place, first_alone, from_all, from_first
 from elastic.config import ImportanceConfig, ParentShape
+from elastic.data import Batch
 from elastic.importance.basis import (
     energies,
     energy_shares,
@@ -43,10 +44,16 @@ log = logging.getLogger(__name__)
 class Calibration:
     """The text that a parent is ranked on."""
 
-    widths: Tensor
-    """(samples, t) int64."""
-    depth: Tensor
-    """(samples, t) int64, of another length."""
+    widths: Batch
+    """(samples, t)."""
+    depth: Batch
+    """(samples, t), of another length."""
+
+    @property
+    def digest(self) -> str:
+        """Of its ids and borders."""
+        both = (self.widths.inputs, self.widths.documents, self.depth.inputs, self.depth.documents)
+        return digest([hashlib.sha256(each.cpu().numpy().tobytes()).hexdigest() for each in both])
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def rank(
             key = _key(source, calibration, config, space, seed, data_fingerprint, seals)
             there = _is_there(path, key)
     if not from_first(place.rank == 0 and there):
-        parent = make_ready(load(), calibration.widths.device, dtype)
+        parent = make_ready(load(), calibration.widths.tokens.device, dtype)
         statistics = collect(parent, calibration.widths, config, place)
         tensors = _tensors(parent, statistics, config, space, seed, place)
         del statistics
@@ -156,7 +163,7 @@ def _key(
         {
             "parent": fingerprint(open_weights(source, seals)[1]),
             "data": data_fingerprint,
-            "calibration": [list(calibration.widths.shape), list(calibration.depth.shape)],
+            "calibration": calibration.digest,
             "settings": asdict(config),
             "dropped": space.max_dropped,
             "widths": space.choices["hidden"] if config.spread else None,

@@ -35,7 +35,6 @@ class Execution:
     """Axes under soft masks; empty where the whole parent or a slice runs."""
     autocast: bool = False
     """Whether projections round float32 weights and inputs themselves, each its own."""
-    separate_documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,7 @@ def _attention(shape: ParentShape, layer: Layer, execution: Execution) -> tuple:
     ]
     backward = [Held("gradients of output and query", 2 * q, c)]
     backward.append(Held("gradients of key and value", 2 * k, c))
-    if execution.separate_documents:  # a mask, and no kernel that groups heads takes one
-        saved += [Held("key and value per query head", 2 * q, c)]
-        saved += [Held("additive mask", execution.length, c)]
-        backward.append(Held("gradients of key and value per query head", 2 * q, c))
-    elif execution.kernels == "mamba_ssm":  # flash-attention 2
+    if execution.kernels == "mamba_ssm":  # flash-attention 2
         backward.append(Held("query's gradient in float32", q, 4))
         backward.append(Held("gradients of key and value per query head", 2 * q, c))
     if execution.kernels == "mamba_ssm" and c == 4:  # no fused kernel groups heads in float32

@@ -91,7 +91,6 @@ def execution_of(config: RunConfig, length: int, soft: frozenset[str] = frozense
         length=length,
         soft=soft,
         autocast=autocast,
-        separate_documents=config.data.separate_documents,
     )
 
 
@@ -210,8 +209,6 @@ def pass_memory(
     once = tokens * 8.0  # token ids
     if "hidden" in run.soft:
         once += tokens * hidden * stream
-    if config.data.separate_documents:
-        once += tokens * length
     last = tokens * (4 * hidden + 4.0)  # the final norm
     below, largest = once, 0.0
     for block in blocks:

@@ -216,7 +216,17 @@ def _time(plan: dict[str, Any], large: bool) -> Iterator[str]:
         "share of the tokens before the router freezes. forward to teacher: FLOPs."
     )
     yield f"{table(header, rows)}\n{note}"
-    notes = [f"{work['flops']:.3g} FLOPs, {count(work['elastic_tokens'])} tokens for the family."]
+    text, rate = plan["preparing"], settings["tokens_per_core_second"]
+    when = "the run prepares it itself" if text["inline"] else "elastic prepare goes first"
+    prepared = (
+        f"Text: {count(text['tokens'])} tokens, {amount(text['disk_bytes'])} on disk, "
+        f"{_hours(text['core_hours'])} core-hours at an assumed {count(rate)} tokens/s per core; "
+        f"{when}."
+    )
+    notes = [
+        prepared,
+        f"{work['flops']:.3g} FLOPs, {count(work['elastic_tokens'])} tokens for the family.",
+    ]
     within = f" {_duration(ranking['days'])}, and the eigenproblems of the basis." if on_gpu else ""
     notes.append(
         f"Ranking, on all {counted(plan, 2)}: widths {ranking['widths']:.3g} FLOPs, "

@@ -13,6 +13,7 @@ from elastic.parent.stock import read_config, read_shape
 from elastic.plan.family import describe_member, ranges_of, sizes_of, within_tolerance
 from elastic.plan.fit import Fitter
 from elastic.plan.memory import on_gpu
+from elastic.plan.preparing import preparing
 from elastic.plan.strategies import memory
 from elastic.plan.training import training
 from elastic.plan.verdict import verdict
@@ -43,6 +44,7 @@ def make_plan(config: PlanConfig, settings: Sequence[str] = ()) -> dict[str, Any
         "family": _family(config, shape, sizes, members),
         "memory": amounts,
         "training": training(config, sizes, members),
+        "preparing": preparing(config, shape),
     }
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from elastic.config import RunConfig
 from elastic.console import table
-from elastic.data import load_tokenizer, load_tokens
+from elastic.data import open_prepared
 from elastic.evaluate.documents import mean_and_error, report_text, sums_by_document
 from elastic.members.architecture import Architecture, Space
 from elastic.members.search import Search, chains
@@ -45,9 +45,7 @@ def untrained_members(config: RunConfig, parent: Path) -> dict[str, list[dict[st
     smaller = smaller_budgets(targets)
     if config.norms.own:
         cut.add_own_norms(len(smaller), load_file(elastic_directory(run_dir) / ENERGIES))
-    data = run_dir / "data"
-    end = load_tokenizer(data / "tokenizer").eos_token_id
-    text = report_text(load_tokens(data / "validation.npy"), end, 32, 256, 16)
+    text = report_text(open_prepared(config.data, run_dir), "validation", 32, 256, 16)
     search = Search(space, manifest.ranking["drop_order"], config.space.tolerance)
     found: dict[str, list[dict[str, Any]]] = {}
     for position, budget in enumerate(smaller):

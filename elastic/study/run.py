@@ -14,7 +14,7 @@ import torch
 
 from elastic import load
 from elastic.config import RunConfig, StudySettings
-from elastic.data import load_tokenizer, load_tokens
+from elastic.data import open_prepared
 from elastic.evaluate.documents import report_text, stock_logits, sums_by_document
 from elastic.parent.weights import load_parent
 from elastic.plan.training import stage_work
@@ -74,8 +74,8 @@ def measure(task: Task, directory: Path) -> dict[str, Any]:
     """Figures of a finished run: of the parent, and of every member, by document."""
     run_dir, study = Path(task.config.run_dir), task.study
     text = report_text(
-        load_tokens(run_dir / "data" / "report.npy"),
-        load_tokenizer(run_dir / "data" / "tokenizer").eos_token_id,
+        open_prepared(task.config.data, run_dir),
+        "report",
         study.sequences,
         study.sequence_length,
         max(1, BATCH_TOKENS // study.sequence_length),

@@ -3,8 +3,8 @@
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
 
+from elastic.data import Batch
 from elastic.losses import Head, TopK
 
 SPLITS = ("train", "validation")
@@ -23,9 +23,9 @@ class Teacher(ABC):
         exists, on every process."""
 
     @abstractmethod
-    def distributions(self, batch: Tensor, split: str, first: int) -> Head | TopK:
-        """Distributions of the next token after each of the first t tokens of a batch (b, t + 1)
-        int64.
+    def distributions(self, batch: Batch, split: str, first: int) -> Head | TopK:
+        """Distributions of the next token after each of the b * t inputs of a batch, those that do
+        not count too.
 
         Args:
             split: `train` or `validation`.
@@ -35,9 +35,3 @@ class Teacher(ABC):
 
         The result is valid until the next call.
         """
-
-
-def documents_in(tokens: Tensor, start: int | None) -> Tensor | None:
-    """Ids (b, t) int32 of the documents of tokens (b, t), each of which begins with `start`; None,
-    all one document, where no token does."""
-    return None if start is None else (tokens == start).cumsum(-1, dtype=torch.int32)

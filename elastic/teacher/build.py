@@ -1,6 +1,9 @@
 """objective.teacher -> a teacher."""
 
+from collections.abc import Mapping
 from pathlib import Path
+
+import numpy as np
 
 from elastic.config import ObjectiveConfig
 from elastic.config.checks import require
@@ -26,29 +29,30 @@ def build_teacher(
     objective: ObjectiveConfig,
     parent: HybridParent | None,
     precision: str,
-    document_start: int | None,
     world_size: int,
     rank: int = 0,
     wanted: CacheContents | None = None,
+    places: Mapping[str, np.ndarray] | None = None,
 ) -> Teacher:
     """The frozen teacher of a run; nothing of it is on a device or partitioned before its `start`.
 
     Args:
         parent: the unsorted parent, in float32 on the host; copied. An offline teacher needs none.
         precision: as trainer.precision.
-        document_start: the token that begins a document, where documents are apart.
         rank: of this process; the first looks at every file of a cache.
         wanted: what a cache must hold; an offline teacher's alone.
+        places: as `cache_places`; the same.
 
     Raises:
         ConfigError: one process cannot partition the weights, or the cache is not this run's.
     """
     check_teacher(objective.teacher, world_size)
     if objective.teacher == "offline":
-        assert objective.teacher_cache is not None and wanted is not None
-        return CachedTeacher(Path(objective.teacher_cache), wanted, thorough=rank == 0)
+        assert objective.teacher_cache is not None
+        assert wanted is not None and places is not None
+        return CachedTeacher(Path(objective.teacher_cache), wanted, places, thorough=rank == 0)
     assert parent is not None and wanted is None
     if objective.teacher == "replicated":
-        return OnlineTeacher(parent, precision, document_start)
+        return OnlineTeacher(parent, precision)
     kind = PartitionedWeights if objective.teacher == "zero3" else HostWeights
-    return StreamedTeacher(parent, precision, document_start, kind)
+    return StreamedTeacher(parent, precision, kind)

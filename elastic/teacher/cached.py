@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic.config import ConfigError
-from elastic.data.datamodule import permutation
+from elastic.data import Batch
 from elastic.losses import TopK
 from elastic.teacher.base import SPLITS, Teacher
 from elastic.teacher.cache.index import CacheContents, CacheIndex, window_bytes
@@ -23,11 +24,11 @@ OPEN_FILES = 16
 class CachedTeacher(Teacher):
     """Reads what `elastic cache-teacher` wrote.
 
-    Every distinct sequence is there once, in the order of its first use: in the first epoch the
-    place of a sequence is its position, later ones look it up.
+    Every distinct sequence is there once, in the order of its first use.
 
     Args:
         wanted: what this run reads.
+        places: as `cache_places`.
         thorough: look at every file now. On many processes one of them is enough; each verifies
             what it reads.
 
@@ -35,11 +36,17 @@ class CachedTeacher(Teacher):
         ConfigError: the cache is of another run, is not complete, or a file is damaged.
     """
 
-    def __init__(self, directory: Path, wanted: CacheContents, thorough: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        wanted: CacheContents,
+        places: Mapping[str, np.ndarray],
+        thorough: bool,
+    ) -> None:
         index = CacheIndex.read(directory)
         index.require_same(directory, wanted)
         index.require_covers(directory, wanted)
-        self.wanted = wanted
+        self.wanted, self.places = wanted, places
         self.shard_sets = {
             (stage, split): ShardSet.of(directory, index, stage, split)
             for stage in wanted.stages
@@ -56,15 +63,14 @@ class CachedTeacher(Teacher):
 
     def start(self, device: torch.device, stage: str) -> None:
         self.device, self.stage = device, stage
-        self._epoch, self._order, self._place = -1, torch.empty(0), torch.empty(0)
         self._unseen = set(SPLITS)
         self._maps.clear()
 
-    def distributions(self, batch: Tensor, split: str, first: int) -> TopK:
+    def distributions(self, batch: Batch, split: str, first: int) -> TopK:
         rows = self._read(split, first, len(batch))
         if split in self._unseen:  # once a stage: to look at a batch is to wait for the device
             self._unseen.remove(split)
-            for window, text in zip(batch, rows["text"], strict=True):
+            for window, text in zip(batch.tokens, rows["text"], strict=True):
                 assert text_digest(window) == text.tobytes(), "not the text of this place"
         indices, log_probs = (
             torch.from_numpy(values).flatten(0, 1).to(self.device)
@@ -72,10 +78,13 @@ class CachedTeacher(Teacher):
         )
         return TopK(indices, log_probs)
 
-    def cross_entropy(self, split: str, first: int, rows: int) -> float:
-        """Loss of the teacher itself on the text of some rows, at temperature 1, in nats per
-        token."""
-        return -float(self._read(split, first, rows)["text_log_probs"].mean(dtype=np.float64))
+    def cross_entropy(self, split: str, first: int, batch: Batch) -> float:
+        """Loss of the teacher itself on the counted text of some rows, at temperature 1, in nats
+        per token."""
+        found = self._read(split, first, len(batch))["text_log_probs"].reshape(-1)
+        if batch.counted is not None:
+            found = found[batch.counted.cpu().numpy()]
+        return -float(found.mean(dtype=np.float64))
 
     def _read(self, split: str, first: int, count: int) -> Rows:
         """Verified copies of `count` sequences from place `first` of a split's order on."""
@@ -100,24 +109,7 @@ class CachedTeacher(Teacher):
         """Where the sequences of some places of a split's order are in the cache."""
         if split == "validation":
             return list(range(first, first + count))
-        windows, slots = self.wanted.stages[self.stage].windows, []
-        for position in range(first, first + count):
-            epoch, place = divmod(position, windows)
-            if epoch == 0:
-                slots.append(place)
-                continue
-            if epoch != self._epoch:
-                self._turn_to(epoch, windows)
-            slots.append(int(self._place[self._order[place]]))
-        return slots
-
-    def _turn_to(self, epoch: int, windows: int) -> None:
-        """Work out the order of a later epoch, and each window's place in the first."""
-        seed = self.wanted.seed
-        if self._epoch < 0:
-            self._place = torch.empty(windows, dtype=torch.int64)
-            self._place[permutation(seed, self.stage, 0, windows)] = torch.arange(windows)
-        self._epoch, self._order = epoch, permutation(seed, self.stage, epoch, windows)
+        return [int(place) for place in self.places[self.stage][first : first + count]]
 
     def _require_complete(self, directory: Path) -> None:
         """Raise ConfigError unless every file that this run reads is there and whole."""
@@ -139,5 +131,5 @@ class CachedTeacher(Teacher):
 
 
 def text_digest(window: Tensor) -> bytes:
-    """Digest of a window (t + 1,), 8 bytes."""
-    return hashlib.sha256(window_bytes(window)).digest()[:8]
+    """Digest of a row's tokens (t + 1,), 8 bytes."""
+    return hashlib.sha256(window_bytes(window.cpu().numpy())).digest()[:8]

@@ -4,11 +4,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from elastic.data import Batch
 from elastic.losses import Head
 from elastic.parent import HybridParent
-from elastic.teacher.base import Teacher, documents_in
+from elastic.teacher.base import Teacher
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -28,11 +29,10 @@ class OnlineTeacher(Teacher):
     Args:
         parent: unsorted, in float32, on the host.
         precision: as trainer.precision.
-        document_start: the token that begins a document; nothing crosses from one to the next.
     """
 
-    def __init__(self, parent: HybridParent, precision: str, document_start: int | None) -> None:
-        self.dtype, self.document_start = weight_dtype(precision), document_start
+    def __init__(self, parent: HybridParent, precision: str) -> None:
+        self.dtype = weight_dtype(precision)
         self.model = _frozen_copy(parent, self.dtype)
         if self.dtype != torch.float32:
             self.model.backbone.layers[0].register_forward_pre_hook(_widen)
@@ -41,13 +41,11 @@ class OnlineTeacher(Teacher):
         self.model.to(device)
 
     @torch.no_grad()
-    def distributions(self, batch: Tensor, split: str, first: int) -> Head:
+    def distributions(self, batch: Batch, split: str, first: int) -> Head:
         """Hidden states (b * t, d) and the head (v, d), both in the matrices' type."""
-        tokens = batch[:, :-1]
-        documents = documents_in(tokens, self.document_start)
         narrow = self.dtype != torch.float32
-        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=narrow):
-            hidden = self.model(tokens, None, documents)
+        with torch.autocast(batch.tokens.device.type, dtype=torch.bfloat16, enabled=narrow):
+            hidden = self.model(batch.inputs, None, batch.documents)
         return hidden.flatten(0, 1).to(self.dtype), self.model.head_weight()
 
 

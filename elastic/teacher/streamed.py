@@ -205,10 +205,9 @@ class StreamedTeacher(OnlineTeacher):
         self,
         parent: HybridParent,
         precision: str,
-        document_start: int | None,
         kind: type[HostWeights] | type[PartitionedWeights],
     ) -> None:
-        super().__init__(parent, precision, document_start)
+        super().__init__(parent, precision)
         self.kind = kind
         self.stream: Stream | None = None
 

@@ -14,7 +14,7 @@ from elastic.parent.weights import load_parent
 from elastic.routing.family import Family
 from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router
-from elastic.teacher import Teacher, build_teacher, cache_contents
+from elastic.teacher import Teacher, build_teacher, cache_contents, cache_places
 from elastic.training.setup import Setup
 
 
@@ -70,7 +70,8 @@ def cached_teacher(setup: Setup) -> Teacher | None:
         return None
     vocabulary = setup.shape.vocab_size
     wanted = cache_contents(config, setup.stages, setup.data, setup.original, vocabulary)
-    return _teacher(setup, None, wanted=wanted)
+    places = cache_places(config, setup.stages, setup.data)
+    return _teacher(setup, None, wanted=wanted, places=places)
 
 
 def online_teacher(setup: Setup) -> Teacher | None:
@@ -85,7 +86,6 @@ def _teacher(setup: Setup, parent: HybridParent | None, **cached: Any) -> Teache
         setup.config.objective,
         parent,
         setup.config.trainer.precision,
-        setup.document_start,
         setup.place.world_size,
         setup.place.rank,
         **cached,

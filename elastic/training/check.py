@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from elastic.cluster.place import Place, find_device
 from elastic.cluster.strategies import check_zero
 from elastic.config import ParentShape, RunConfig
+from elastic.config.checks import require
 from elastic.data import check_vocabulary, prepare_data
 from elastic.losses import check_objective
 from elastic.members.families import nested_families
@@ -18,6 +19,7 @@ from elastic.parent.stock import read_config
 from elastic.parent.weights import locate, open_weights
 from elastic.routing.curriculum import plan
 from elastic.routing.sizes import Sizes, check_sizes
+from elastic.routing.text import stage_texts
 from elastic.storage.files import refuse_inside
 from elastic.teacher import check_teacher
 from elastic.training.origin import trained_tokens
@@ -29,7 +31,8 @@ from elastic.training.text import calibration_text, stage_text
 def check(config: RunConfig, place: Place) -> Setup:
     """Check settings against one another, the run directory, the parent, the text and the machine.
 
-    Nothing is written, but a parent is downloaded where it has to be.
+    Nothing is written but the prepared text, which another run may use as well; a parent is
+    downloaded where it has to be.
 
     Raises:
         ConfigError: the first thing that is wrong, in one line.
@@ -55,8 +58,22 @@ def check(config: RunConfig, place: Place) -> Setup:
     tokenizer = None if source is None else str(source)
     run_dir = Path(config.run_dir)
     trained = trained_tokens(run_dir / "checkpoints")
-    first = place.rank == 0
-    data = prepare_data(config.data, run_dir / "data", tokenizer, trained, thorough=first)
+    if config.data.tokenizer == "train":
+        require(
+            config.data.tokenizer_vocab <= shape.vocab_size,
+            "data.tokenizer_vocab",
+            config.data.tokenizer_vocab,
+            f"at most the parent's vocabulary of {shape.vocab_size}: lower it, or raise "
+            "parent.shape.vocab_size",
+        )
+    lengths = {
+        **{f"curriculum.stages.{s.name}.sequence_length": s.config.sequence_length for s in stages},
+        "importance.sequence_length": config.importance.sequence_length,
+        "importance.depth_sequence_length": config.importance.depth_sequence_length,
+    }
+    data = prepare_data(
+        config.data, run_dir, tokenizer, trained, vocabulary=shape.vocab_size, lengths=lengths
+    )
     check_vocabulary(data.tokenizer, shape.vocab_size)
     base_config = stock_base(data.tokenizer, parent_config)
     setup = Setup(
@@ -73,8 +90,9 @@ def check(config: RunConfig, place: Place) -> Setup:
         device,
         kernels,
     )
-    for stage in stages:  # every sequence length must fit into the text, the calibration's too
-        stage_text(setup, stage, 0)
+    if place.rank == 0:
+        data.store_packs(stage_texts(stages))
+    stage_text(setup, stages[-1], 0)  # and with it all before: each must have text to read
     calibration_text(setup)
     return setup
 

@@ -13,6 +13,7 @@ from torch.optim.adamw import AdamW
 
 from elastic.cluster.strategies import ZeroStrategy
 from elastic.config import ObjectiveConfig, OptimConfig
+from elastic.data import Batch
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import HybridParent, Member
 from elastic.parent.hybrid import Block
@@ -21,7 +22,7 @@ from elastic.routing.decide import Compare
 from elastic.routing.family import Family
 from elastic.routing.nested import FamilyRouter
 from elastic.routing.router import Router, RouterOptimizer
-from elastic.teacher import Teacher, documents_in
+from elastic.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ class ElasticModule(L.LightningModule):
         router_optimizer: None in a pretrain stage.
         probabilities: how often each budget is drawn in this stage; the largest first.
         max_bad_steps: as trainer.max_bad_steps.
-        document_start: the token that begins a document which sees nothing of those before it; None
-            lets state and attention cross.
     """
 
     leaf_classes = [Block]
@@ -66,7 +65,6 @@ class ElasticModule(L.LightningModule):
         optim: OptimConfig,
         seed: int,
         max_bad_steps: int = 10,
-        document_start: int | None = None,
     ) -> None:
         super().__init__()
         pretrain = stage.config.mode == "pretrain"
@@ -76,7 +74,7 @@ class ElasticModule(L.LightningModule):
         self.family, self.stage, self.teacher = family, stage, teacher
         self.router_optimizer = router_optimizer
         self.probabilities, self.objective, self.optim = probabilities, objective, optim
-        self.seed, self.document_start = seed, document_start
+        self.seed = seed
         self.max_bad_steps = max_bad_steps
         self.micro_step = 0
         self.bad_steps, self.skipped_steps = 0, 0
@@ -129,7 +127,7 @@ class ElasticModule(L.LightningModule):
         if self.teacher is not None:
             self.teacher.start(self.device, self.stage.name)
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if not self.between_steps:
             return
         if self.family is not None:
@@ -137,8 +135,8 @@ class ElasticModule(L.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.rates(self.step)[0]
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """One pass over a batch (b, t + 1) int64 -> its weighted loss, and what to log.
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One pass over a batch -> its weighted loss, and what to log.
 
         The `stage.passes` passes over a micro-batch follow each other, the largest budget first.
         Each is a step of the gradient accumulation, so that one member's activations exist at a
@@ -160,21 +158,21 @@ class ElasticModule(L.LightningModule):
                 group = self.global_rank * self.family.config.noise_groups // world
             where = (self.stage.index, step, number, turn, group)
             seed = draw_seed(self.seed, "router", *where)
-            tokens = batch[:, 1:].numel() * world
+            tokens = batch.inputs.numel() * world
             draw = self.family.draw(budget, self.progress, seed, tokens)
             member, figures = draw.member, draw.figures
             terms = {name: value for name, value in draw.terms.items() if name != "total"}
             loss = draw.terms.get("total", loss)
         student = self.head(batch, member, self.own(budget))
         teacher = self.distributions(batch) if turn == 0 else self._kept
-        token_losses = token_terms(student, teacher, batch[:, 1:].flatten(), self.objective)
+        token_losses = token_terms(student, teacher, batch.targets, self.objective, batch.counted)
         scale = 1.0
         if teacher is None and self.family is not None:  # this pass teaches, and learns by text
             assert turn == 0 and self.objective.teacher == "in_place"
             scale = self.objective.cross_entropy_weight
             teacher = student[0].detach(), student[1].detach()
         self._kept = None if last else teacher
-        loss = loss + scale * token_losses.pop("total")
+        loss = loss + scale * batch.share * token_losses.pop("total")
         terms |= token_losses
         logged = {name: value.detach() for name, value in terms.items()}
         # A loss that is not finite makes every gradient so, and the step is skipped.
@@ -190,7 +188,7 @@ class ElasticModule(L.LightningModule):
 
     def forward(
         self,
-        batch: Tensor,
+        batch: Batch,
         budget: str,
         member: Member,
         teacher: Head | TopK | None,
@@ -199,21 +197,19 @@ class ElasticModule(L.LightningModule):
         """Loss terms of a budget's member on a batch, and its head, for validation: inside a
         forward pass ZeRO-3 has the weights."""
         x, weight = self.head(batch, member, self.own(budget))
-        terms = token_terms((x, weight), teacher, batch[:, 1:].flatten(), objective)
+        terms = token_terms((x, weight), teacher, batch.targets, objective, batch.counted)
         return terms, (x.detach(), weight.detach())
 
     def own(self, budget: str) -> int | None:
         """Position of a budget whose own norm weights count; None for the whole parent."""
         return None if self.family is None else self.family.smaller.get(budget)
 
-    def head(self, batch: Tensor, member: Member, own: int | None = None) -> Head:
+    def head(self, batch: Batch, member: Member, own: int | None = None) -> Head:
         """Hidden states (tokens, d) of a member, and the LM head that reads them."""
-        tokens = batch[:, :-1]
-        documents = documents_in(tokens, self.document_start)
-        hidden = self.parent(tokens, member, documents, own)
+        hidden = self.parent(batch.inputs, member, batch.documents, own)
         return hidden.flatten(0, 1), self.parent.head_weight(member)
 
-    def distributions(self, batch: Tensor) -> Head | TopK | None:
+    def distributions(self, batch: Batch) -> Head | TopK | None:
         """The teacher's predictions for the training batch at hand; None where there is none."""
         if self.teacher is None:
             return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from elastic.config import KINDS, BudgetConfig, ParentShape, RunConfig
+from elastic.config import KINDS, BudgetConfig, ParentShape, RunConfig, SourceConfig
 from elastic.console import short, table
 from elastic.members.architecture import Architecture
 from elastic.members.cost import parameters
@@ -128,13 +128,19 @@ def _asked(budget: BudgetConfig) -> str:
     return ", ".join(shown) or "a given member"
 
 
+def _source(source: SourceConfig) -> str:
+    shown = {
+        "stdlib": "the source code of this Python's own library",
+        "files": f"files {source.path}",
+        "hub": f"data set {source.path} from the hub",
+        "arithmetic": f"arithmetic of difficulty {', '.join(map(str, source.difficulties))}",
+    }[source.kind]
+    return shown if source.weight is None else f"{shown} (weight {source.weight:g})"
+
+
 def _text(config: RunConfig) -> list[str]:
     data = config.data
-    source = {
-        "stdlib": "the source code of this Python's own library",
-        "files": f"files {data.path}",
-        "hub": f"data set {data.path} from the hub",
-    }[data.source]
+    source = " + ".join(_source(source) for source in data.sources.values())
     tokenizer = {
         "train": f"trained on the text, {data.tokenizer_vocab:,} tokens",
         "parent": "the parent's",

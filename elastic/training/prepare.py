@@ -7,7 +7,7 @@ from elastic.training.setup import Setup
 
 
 def prepare(setup: Setup) -> None:
-    """Write settings, tokens and the parent's seals, remove what a killed run has left; the first
+    """Write settings and the parent's seals, remove what a killed run has left; the first
     process alone."""
     if setup.place.rank != 0:
         return
@@ -20,4 +20,3 @@ def prepare(setup: Setup) -> None:
     write_config(setup.config)
     if setup.source is not None:
         seal_parent(setup.source, setup.run_dir)
-    setup.data.save(setup.run_dir / "data")

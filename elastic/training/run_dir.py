@@ -13,7 +13,16 @@ from elastic.config import ConfigError, RunConfig
 from elastic.storage.files import LEFTOVERS, atomic_file
 from elastic.storage.foreign import read_yaml
 
-MAY_CHANGE = ("run_dir", "resume", "trainer", "logger", "parent.activation_checkpointing")
+MAY_CHANGE = (
+    "run_dir",
+    "resume",
+    "trainer",
+    "logger",
+    "parent.activation_checkpointing",
+    "data.workers",
+    "data.loader_workers",
+    "data.prepare_inline_tokens",
+)
 """Settings, or groups of them, that a resumed run may set anew; the others would make it another
 run."""
 
@@ -82,8 +91,9 @@ def _shown(value: object) -> str:
 
 
 def _matters(path: Path) -> bool:
-    """False for what is left of a run that was killed before it had written its settings."""
-    return path.name != LOCK and not path.match(LEFTOVERS)
+    """False for prepared text, and for what is left of a run that was killed before it had written
+    its settings."""
+    return path.name not in (LOCK, "data") and not path.match(LEFTOVERS)
 
 
 def write_config(config: RunConfig) -> None:

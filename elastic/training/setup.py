@@ -54,12 +54,6 @@ class Setup:
             return Seals.read(self.original)
         return parent_seals(self.source, self.run_dir)
 
-    @property
-    def document_start(self) -> int | None:
-        """The token that begins a document, where documents are kept apart."""
-        separate = self.config.data.separate_documents
-        return self.data.tokenizer.eos_token_id if separate else None
-
     def stages_of(self, mode: str) -> list[Stage]:
         """Stages of `pretrain` or of `elastic`."""
         return [stage for stage in self.stages if stage.config.mode == mode]

@@ -1,11 +1,11 @@
 """Text of a run -> what a stage reads, and what the parent is ranked on."""
 
-import torch
-from torch import Tensor
-
-from elastic.data import PackedTokens, TextDataModule
+from elastic.config import ConfigError
+from elastic.data import Batch, TextDataModule, batch_of
+from elastic.data import stage_text as text_of
 from elastic.importance import Calibration
 from elastic.routing.curriculum import Stage
+from elastic.routing.text import stage_texts
 from elastic.training.setup import Setup
 
 
@@ -13,44 +13,40 @@ def stage_text(setup: Setup, stage: Stage, start_micro_step: int) -> TextDataMod
     """Training and validation text of a stage, from one of its micro-batches on.
 
     Raises:
-        ConfigError: the text is shorter than one sequence of the stage.
+        ConfigError: there is no text for it.
     """
-    return TextDataModule(
-        setup.data.train,
-        setup.data.validation,
-        sequence_length=stage.config.sequence_length,
-        batch_sequences=stage.batch_sequences,
-        validation_sequences=setup.config.data.validation_sequences,
-        validation_batch=stage.batch_sequences,
+    return text_of(
+        setup.data,
+        stage_texts(setup.stages),
+        stage.name,
         seed=setup.config.seed,
-        stage_name=stage.name,
+        batch_sequences=stage.batch_sequences,
+        step_sequences=stage.config.batch_tokens // stage.config.sequence_length,
         repeats=stage.passes,
         start_micro_step=start_micro_step,
         rank=setup.place.rank,
         world_size=setup.place.world_size,
-        vocabulary=setup.shape.vocab_size,
     )
 
 
 def calibration_text(setup: Setup) -> Calibration:
-    """What the parent is ranked on, spread evenly over the training text; on the run's device.
+    """What the parent is ranked on, of every source by its share and spread evenly over its
+    training text; on the run's device.
 
     Raises:
         ConfigError: the text is shorter than one sequence, or has a token that the parent lacks.
     """
     settings = setup.config.importance
 
-    def spread(samples: int, length: int, setting: str) -> Tensor:
-        windows = PackedTokens(
-            setup.data.train,
-            length,
-            setting=f"importance.{setting}",
-            text="training text",
-            vocabulary=setup.shape.vocab_size,
-        )
-        count = min(samples, len(windows))
-        rows = [windows[i * len(windows) // count][:-1] for i in range(count)]
-        return torch.stack(rows).to(setup.device)
+    def spread(samples: int, length: int, setting: str) -> Batch:
+        rows, keys = setup.data.calibration(length, samples)
+        if not keys:
+            raise ConfigError(
+                f"importance.{setting}={length}: a sequence longer than the training text, which "
+                f"has {sum(setup.data.train_tokens.values())} tokens; must be less, or give more "
+                "text (data.sources)"
+            )
+        return batch_of([rows[key] for key in keys]).to(setup.device)
 
     return Calibration(
         spread(settings.samples, settings.sequence_length, "sequence_length"),

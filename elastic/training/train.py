@@ -90,7 +90,6 @@ def train_stages(
             setup.config.optim,
             setup.config.seed,
             setup.config.trainer.max_bad_steps,
-            setup.document_start,
         )
         if saved is not None:
             module.load_state(saved.state, saved.shared)

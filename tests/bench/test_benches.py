@@ -57,6 +57,17 @@ TOY = {
     "run": [*SMALL_PARENT, "sequence_length=8", "batch_tokens=16", "steps=2"],
     "scan": [f"shapes.{n}.{k}={v}" for n in ("short", "long") for k, v in SMALL_SCAN.items()],
     "loss": ["tokens=256", "vocabulary=4096", "hidden=8", "chunk_tokens=16"],
+    "data": [
+        *(setting for setting in SMALL_PARENT if setting.startswith("parent.")),
+        "parent.shape.vocab_size=300",
+        "vocabulary=280",
+        "megabytes=2",
+        "sequences=2",
+        "sequence_length=9",
+        "steps=2",
+        "loader_workers=[0]",
+        "memory=false",
+    ],
     "profile": [*SMALL_PARENT, "sequences=2", "sequence_length=9", "square=64", "share=0.5"],
     "extract": [
         "scale=0.01",
@@ -96,6 +107,12 @@ PROMISED = {
         "best_chunk_long.ours",
     ],
     "loss": ["peak_memory_ratio", "time_ratio"],
+    "data": [
+        "megabytes_per_second",
+        "bytes_per_token",
+        "packed_tokens_per_second.0 workers",
+        "loader_over_step.0 workers",
+    ],
     "profile": ["share.matmul", "share.elementwise", "achieved_gflops", "machine_gflops"],
     "extract": [
         *("peak_rss_gib", "bytes_read_over_needed", "bytes_read_over_touched", "time_over_copy"),

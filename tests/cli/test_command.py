@@ -82,7 +82,8 @@ def test_multirun_gives_every_job_its_own_directory(tmp_path: Path) -> None:
         "--multirun",
         f"hydra.sweep.dir={tmp_path}/sweep",
         "debug=one_step",
-        "data.source=files",
+        "data=files",
+        "data.tokenizer=train",
         f"data.path='{ROOT}/elastic/*/*.py'",
         "seed=1,2",
     )
@@ -107,7 +108,7 @@ SHARED = [
 @pytest.mark.parametrize("several", [[], SHARED], ids=["one_budget", "several_budgets"])
 def test_two_processes_train_what_one_does(several: list[str], tmp_path: Path) -> None:
     """Same batch, same draws on both ranks (law 8), soft and sliced: equal within float32."""
-    text = ["data.source=files", f"data.path='{Path(json.__file__).parent}/*.py'"]
+    text = ["data=files", "data.tokenizer=train", f"data.path='{Path(json.__file__).parent}/*.py'"]
     # A full member that is its teacher has no gradient but rounding: no step is made of that.
     common = ["debug=one_step", *text, "data.validation_every=2", "optim.eps=1e-4", *several]
     for name, extra in {

@@ -73,7 +73,7 @@ def site(wheels: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def test_wheels_hold_every_module_and_every_file_of_conf(wheels: tuple[Path, Path]) -> None:
     expected = {
         str(path.relative_to(ROOT)) for path in (ROOT / "elastic").rglob("*.py") if path.is_file()
-    } | {f"elastic/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    } | {f"elastic/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.*")}
     assert "elastic/conf/hydra/launcher/slurm.yaml" in expected
     for wheel in wheels:
         names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from elastic.bench.subjects import balanced_members
-from elastic.config import BENCHES, EvaluateConfig, ExtractConfig, RunConfig, parse
+from elastic.config import BENCHES, DataConfig, EvaluateConfig, ExtractConfig, RunConfig, parse
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
 from elastic.members.targets import check_reachable, targets_of
@@ -19,7 +19,7 @@ from elastic.members.targets import check_reachable, targets_of
 GROUPS = sorted(
     (path.parent.name, path.stem)
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("experiment", "debug", "bench", "study")
+    if path.parent.name not in ("experiment", "debug", "bench", "study") and path.stem != "base"
 )
 NANO = ("nano_v2_12b", "nano_v2_9b")
 RANDOM = ("1b", "3b")
@@ -29,6 +29,9 @@ WITH = {
     ("parent", "pretrained"): [*REAL, "parent.path=DIR"],
     ("data", "files"): [*REAL, "data.path=texts/*.jsonl"],
     ("data", "hub"): [*REAL, "data.path=owner/name"],
+    ("data", "nano3_blend"): [*REAL, "data.path=null"],
+    ("data", "nano_v2_blend"): [*REAL, "data.path=null"],
+    ("curriculum", "tiny_reasoning"): ["data=arithmetic"],
     ("trainer", "gpu"): REAL,
     **{
         (group, name): [f"{other}={name}", "data.tokenizer_vocab=131072"]
@@ -63,8 +66,10 @@ def test_every_setting_is_spelled_out_in_the_files() -> None:
         names = {field.name for field in dataclasses.fields(config)}
         for path in (CONF / group).glob("*.yaml"):
             written = OmegaConf.load(path)
-            if "defaults" not in written:
+            if "defaults" not in written and path.stem != "base":
                 assert set(map(str, written)) == names, path
+    base = set(map(str, OmegaConf.load(CONF / "data" / "base.yaml")))
+    assert base | {"sources"} == {field.name for field in dataclasses.fields(DataConfig)}
 
 
 @pytest.mark.parametrize(

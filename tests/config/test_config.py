@@ -104,8 +104,20 @@ RULES: list[tuple[str, Any, str]] = [
     (f"{ALL}.budgets_per_batch", 3, "at most 2, the budgets that are drawn in this stage"),
     (f"{WARM}.budgets_per_batch", 2, "1: a pretrain stage has no budgets"),
     # data
-    ("data.source", "web", "one of stdlib, files, hub"),
-    ("data.path", "texts", "null for stdlib"),
+    ("data.sources.text.kind", "web", "one of stdlib, files, hub, arithmetic"),
+    ("data.sources.text.path", "texts", "set for kind=files and kind=hub, and null for others"),
+    ("data.sources.text.weight", 0.0, "positive, or null"),
+    ("data.sources.text.weight", -1.0, "positive, or null"),
+    ("data.sources.text.target_tokens", 0, "positive, or null"),
+    ("data.sources.text.loss_on", "user", "one of all, assistant"),
+    ("data.sources.text.loss_on", "assistant", "all where there are no messages"),
+    ("data.sources.text.reasoning", "hide", "one of keep, strip, last_turn"),
+    ("data.sources.text.difficulties", [0], "of 1 to 8, at least one"),
+    ("data.path", "texts", "null here: no source has it"),
+    ("data.packing", "tight", "one of best_fit, concat, none"),
+    ("data.on_error", "hide", "one of stop, skip"),
+    ("data.max_skip_fraction", 1.0, "in [0, 1)"),
+    ("data.workers", 0, "positive, or null"),
     ("data.validation_every", 1, "at least 2"),
     ("data.validation_sequences", 0, POSITIVE),
     ("data.tokenizer_vocab", 259, "at least 260"),
@@ -341,11 +353,31 @@ def test_extract_settings_are_checked(change: dict[str, Any], line: str) -> None
     assert refusal(settings | change, ExtractConfig) == line
 
 
-@pytest.mark.parametrize("name", ["sequences", "sequence_length", "batch_size", "new_tokens"])
+@pytest.mark.parametrize(
+    "name",
+    ["sequences", "sequence_length", "batch_size", "new_tokens", "problems", "answer_tokens"],
+)
 def test_evaluate_settings_are_checked(name: str) -> None:
     assert parse({"run_dir": "a"}, EvaluateConfig).members is None
     line = refusal({"run_dir": "a", name: 0}, EvaluateConfig)
     assert line == f"{name}=0: must be positive"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"tasks": ["algebra"]}, "tasks=algebra: must be one of arithmetic"),
+        (
+            {"tasks": ["arithmetic"] * 2},
+            "tasks=['arithmetic', 'arithmetic']: must be different ones",
+        ),
+        ({"difficulties": []}, "difficulties=[]: must be at least one"),
+        ({"difficulties": [3, 9]}, "difficulties=9: must be from 1 to 8"),
+        ({"difficulties": [3, 3]}, "difficulties=[3, 3]: must be different ones"),
+    ],
+)
+def test_tasks_of_evaluate_are_checked(change: dict[str, Any], line: str) -> None:
+    assert refusal({"run_dir": "a"} | change, EvaluateConfig) == line
 
 
 def test_explain_gives_one_line_for_any_error() -> None:

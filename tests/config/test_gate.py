@@ -58,7 +58,7 @@ def test_every_drawn_shape_passes_the_gate_unchanged(shape: ParentShape) -> None
         ("space.heterogeneous", ["ffn"]),
         ("router.freeze_at", 1.0),
         ("router.temperature_end", 1.0),
-        ("data", {"source": "files", "path": "*.txt"}),
+        ("data", {"sources": {"a": {"kind": "files", "path": "*.txt"}}}),
         ("parent.shape.time_step_limit", [0, 0.1]),
         ("parent.shape.time_step_limit", None),
         ("curriculum.stages.all.warmup_steps", 0),

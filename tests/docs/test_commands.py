@@ -37,6 +37,18 @@ SMALLER = {
         "stages.long.sequence_length": 128,
         "stages.long.batch_tokens": 512,
     },
+    "curriculum/tiny_reasoning.yaml": {
+        "stages.pretrain.tokens": 4096,
+        "stages.pretrain.sequence_length": 512,
+        "stages.pretrain.batch_tokens": 1024,
+        "stages.short.tokens": 3072,
+        "stages.short.sequence_length": 64,
+        "stages.short.batch_tokens": 512,
+        "stages.long.tokens": 2048,
+        "stages.long.sequence_length": 512,
+        "stages.long.batch_tokens": 512,
+    },
+    "data/arithmetic.yaml": {"sources.short.problems": 200, "sources.long.problems": 100},
     "importance/tiny.yaml": {
         "samples": 4,
         "sequence_length": 64,
@@ -45,7 +57,7 @@ SMALLER = {
         "depth_positions": 16,
     },
     "data/stdlib.yaml": {"validation_sequences": 2},
-    "data/files.yaml": {"validation_sequences": 2},
+    "data/base.yaml": {"validation_sequences": 2},
     "evaluate.yaml": {"sequences": 2, "sequence_length": 64, "new_tokens": 4},
     "cache_teacher.yaml": {"cache.batch_tokens": 1024},
 }
@@ -68,7 +80,7 @@ def reduce(conf: Path) -> None:
             assert last in entry, f"{name}: {key} is not there"
             entry[last] = value
         path.write_text(header + yaml.safe_dump(values, sort_keys=False))
-    for name in ("step", "run", "profile", "scan"):
+    for name in ("step", "run", "profile", "scan", "data"):
         path = conf / "bench" / f"{name}.yaml"
         lines = [line.split("#")[0].rstrip() for line in path.read_text().splitlines()[1:]]
         text = "\n".join(["# @package _global_", *lines])
@@ -82,6 +94,8 @@ def reduce(conf: Path) -> None:
             "memory: true": "memory: false",
             "time: 2048": "time: 64",
             "time: 256": "time: 64",
+            "megabytes: 100": "megabytes: 1",
+            "loader_workers: [0, 1, 2]": "loader_workers: [0, 1]",
         }
         for large, small in smaller.items():
             text = text.replace(large, small)

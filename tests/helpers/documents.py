@@ -3,7 +3,24 @@
 import torch
 from torch import Tensor
 
+from elastic.data import Batch, one_document
 from elastic.parent import HybridParent, Member
+
+
+def batch_of_documents(tokens: Tensor, start: int | None) -> Batch:
+    """Rows (b, t + 1) whose documents each begin with the token `start`; None is one a row. A first
+    token is no target of the document before it."""
+    documents = torch.zeros_like(tokens)
+    if start is not None:
+        documents = (tokens == start).cumsum(-1)
+    inputs = documents[:, :-1].int()
+    counted = (documents[:, 1:] == documents[:, :-1]).flatten().nonzero()[:, 0]
+    return Batch(tokens, inputs, None if len(counted) == inputs.numel() else counted)
+
+
+def rows_of(tokens: Tensor) -> Batch:
+    """Inputs (b, t), each row of which is one document; no target counts for anything."""
+    return one_document(torch.cat([tokens, tokens[:, :1]], dim=1))
 
 
 def pieces(documents: Tensor) -> list[tuple[int, slice]]:

@@ -41,7 +41,7 @@ def run_settings() -> dict[str, Any]:
         "router": {},
         "objective": {},
         "curriculum": {"stages": {"warm": STAGE | {"mode": "pretrain"}, "all": dict(STAGE)}},
-        "data": {},
+        "data": {"sources": {"text": {"kind": "stdlib"}}},
         "optim": {},
         "trainer": {},
         "logger": {},

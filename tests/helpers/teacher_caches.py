@@ -1,4 +1,5 @@
-"""A run that reads a cache, small: a random parent, real text, two stages, one of three epochs."""
+"""A run that reads a cache, small: a random parent, real text of two sources, two stages, one of
+several epochs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from hydra import compose, initialize_config_dir
 
 from elastic.cli.command import CONF
 from elastic.config import CacheTeacherConfig, parse
-from elastic.data import PreparedData, prepare_data
+from elastic.data import PreparedData, TextDataModule, prepare_data
 from elastic.parent.stock import read_config, read_shape
 from elastic.parent.weights import save_parent
 from elastic.routing.curriculum import Stage, plan
-from elastic.teacher import CacheContents, CachedTeacher, cache_contents
+from elastic.routing.text import stage_texts
+from elastic.teacher import CacheContents, CachedTeacher, cache_contents, cache_places
+from elastic.teacher.cache.index import text_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Case:
     overrides: list[str]
     data: PreparedData
     stages: dict[str, Stage]
+    """All of them, by name; those of mode elastic have a teacher."""
     teacher: Path
 
     @property
@@ -35,8 +39,20 @@ class Case:
         stages = list(self.stages.values())
         return cache_contents(self.config, stages, self.data, self.teacher, vocabulary)
 
+    def read(self, cache: Path, wanted: CacheContents | None = None) -> CachedTeacher:
+        """A cache, as this run reads it."""
+        places = cache_places(self.config, list(self.stages.values()), self.data)
+        return CachedTeacher(cache, wanted or self.wanted(), places, thorough=True)
+
     def reader(self) -> CachedTeacher:
-        return CachedTeacher(self.cache, self.wanted(), thorough=True)
+        return self.read(self.cache)
+
+    def text(self, stage: str) -> TextDataModule:
+        return text_of(self.config, stage, stage_texts(self.stages.values()), self.data)
+
+    def sequences(self, stage: str) -> int:
+        """Of the whole stage."""
+        return self.stages[stage].tokens // self.stages[stage].config.sequence_length
 
 
 def case_of(run_dir: Path, cache: Path, *changes: str) -> Case:
@@ -46,6 +62,8 @@ def case_of(run_dir: Path, cache: Path, *changes: str) -> Case:
         *SMALL_PARENT,
         *SMALL_SPACE,
         f"data.path='{STDLIB}/email/mime/[abmnt]*.py'",  # so little text that it comes thrice
+        f"+data.sources.more={{kind: files, path: '{STDLIB}/ctypes/macholib/*.py', weight: 1}}",
+        "+data.sources.files.weight=2",
         "data.validation_every=2",
         "curriculum.stages.pretrain.tokens=512",
         *stage("pretrain", 1),
@@ -61,13 +79,11 @@ def case_of(run_dir: Path, cache: Path, *changes: str) -> Case:
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = parse(compose("cache_teacher", overrides), CacheTeacherConfig)
-    data = prepare_data(config.data, run_dir / "data", None)
-    data.save(run_dir / "data")
+    data = prepare_data(config.data, run_dir, None)
     parent = run_dir / "parent"
     if not parent.exists():
         assert config.parent.shape is not None
         parent.mkdir(parents=True)
         save_parent(random_parent(config.parent.shape), parent)
     stages = plan(config.curriculum.stages, config.trainer)
-    elastic = {stage.name: stage for stage in stages if stage.config.mode == "elastic"}
-    return Case(config, overrides, data, elastic, parent)
+    return Case(config, overrides, data, {stage.name: stage for stage in stages}, parent)

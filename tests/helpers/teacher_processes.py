@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from helpers.documents import batch_of_documents
 
 from elastic.config import ObjectiveConfig
+from elastic.data import Batch
 from elastic.losses import Head, token_terms
 from elastic.parent import HybridParent
 from elastic.teacher import OnlineTeacher, StreamedTeacher, Teacher, build_teacher
@@ -15,13 +16,11 @@ from elastic.teacher import OnlineTeacher, StreamedTeacher, Teacher, build_teach
 CPU = torch.device("cpu")
 
 
-def teacher_of(
-    where: str, parent: HybridParent, precision: str = "32-true", start: int | None = None
-) -> OnlineTeacher:
+def teacher_of(where: str, parent: HybridParent, precision: str = "32-true") -> OnlineTeacher:
     """A started teacher."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     objective = ObjectiveConfig(teacher=where)
-    teacher = build_teacher(objective, parent, precision, start, world_size)
+    teacher = build_teacher(objective, parent, precision, world_size)
     assert isinstance(teacher, OnlineTeacher)
     teacher.start(CPU, "short")
     return teacher
@@ -32,11 +31,11 @@ def same(one: Head, two: Head) -> bool:
 
 
 @torch.no_grad()
-def loss(teacher: Teacher, student: HybridParent, batch: Tensor) -> float:
+def loss(teacher: Teacher, student: HybridParent, batch: Batch) -> float:
     """What a student would minimise."""
-    head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
+    head = student(batch.inputs, None, batch.documents).flatten(0, 1), student.head_weight()
     output = teacher.distributions(batch, "train", 0)
-    return float(token_terms(head, output, batch[:, 1:].flatten(), ObjectiveConfig())["total"])
+    return float(token_terms(head, output, batch.targets, ObjectiveConfig())["total"])
 
 
 def readable(model: HybridParent) -> set[str]:
@@ -55,14 +54,15 @@ def run_together(rank: int, port: int, path: Path) -> None:
     for file in sorted(path.glob("*.case")):
         (parent, student), batches = torch.load(file, weights_only=False)
         for precision in ("32-true", "bf16-mixed"):
-            plain = teacher_of("replicated", parent, precision, 3)
-            shared = teacher_of("zero3", parent, precision, 3)
+            plain = teacher_of("replicated", parent, precision)
+            shared = teacher_of("zero3", parent, precision)
             assert isinstance(shared, StreamedTeacher) and shared.stream is not None
             case = f"{file.stem} {precision}"
             units = {shared.stream.first, shared.stream.last, *shared.stream.blocks}
             shares = sum(unit.store.held for unit in units)
             found["held"][case] = shares, sum(unit.size for unit in units)
-            for number, batch in enumerate(batches[rank::2]):
+            for number, tokens in enumerate(batches[rank::2]):
+                batch = batch_of_documents(tokens, 3)
                 output = plain.distributions(batch, "train", 0)
                 found["same"][case, number] = same(output, shared.distributions(batch, "train", 0))
                 found["after"][case, number] = readable(shared.model)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from helpers.forked import Forked
 from helpers.paths import ROOT
-from helpers.runs import SMALL_RUN
+from helpers.runs import SMALL_RUN, settings
 from helpers.waiting import LIMIT
 
-from elastic.data import save_tokens
+from elastic.data import open_prepared
 from elastic.storage.seals import Seals
 
 
@@ -106,27 +106,31 @@ def test_an_empty_prompt_is_named_before_anything_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "calibration"),
+    ("command", "split", "calibration"),
     [("evaluate", "report", True), ("train", "train", True), ("train", "train", False)],
     ids=["evaluate", "calibration", "training"],
 )
 def test_tokens_outside_the_vocabulary_are_named(
-    command: str, name: str, calibration: bool, forked: Forked, finished: Path, tmp_path: Path
+    command: str, split: str, calibration: bool, forked: Forked, finished: Path, tmp_path: Path
 ) -> None:
-    """Sealed as they are, as another program may have made them: file, token and vocabulary. A run
-    looks at its calibration text at once, at all else when it comes to it."""
+    """Sealed as they are, as another program may have made them: directory, token and vocabulary. A
+    run looks at its calibration text at once, at all else when it comes to it."""
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
-    path = run_dir / "data" / f"{name}.npy"
-    tokens = np.load(path).copy()
-    wrong = np.ones(len(tokens), bool)
-    windows = (len(tokens) - 1) // 64  # of SMALL_RUN's 16 samples of 64 tokens
-    for sample in () if calibration else range(16):
-        start = sample * windows // 16 * 64
-        wrong[start : start + 65] = False
-    tokens[wrong] = 60_000
-    save_tokens(path, tokens)
-    Seals.of(run_dir / "data").write()
+    data = open_prepared(settings(run_dir, *SMALL_RUN).data, run_dir)
+    (store,) = data.stores.values()
+    (name,) = data.stores
+    wrong = set(data.documents(name, split).tolist())
+    if not calibration:
+        rows, keys = data.calibration(64, 16)
+        wrong -= {document for key in keys for document in rows.documents(key).tolist()}
+    numbers = np.array(sorted(wrong))
+    (part,) = store.directories
+    tokens = np.load(part / "tokens.npy").copy()
+    for start, size in zip(*(each.tolist() for each in store.places(numbers)), strict=True):
+        tokens[start : start + size] = 20_000
+    np.save(part / "tokens.npy", tokens)
+    Seals.of(part).write()
     words = [f"run_dir='{run_dir}'"]
     if command == "train":  # from its beginning, with the tokens that it finds
         for made in ("checkpoints", "elastic", "parent", "sorted", "importance"):
@@ -137,5 +141,5 @@ def test_tokens_outside_the_vocabulary_are_named(
     code, said = forked.run(["elastic", command, *words], {})
     line = error_of(said)
     assert code == 2, said
-    assert f"{path}: has token 60000, the parent's vocabulary is " in line
+    assert f"{part.parent}: has token 20000, the parent's vocabulary is " in line
     assert not (tmp_path / "family.json").exists()

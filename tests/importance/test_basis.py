@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.documents import rows_of
 from helpers.orders import random_orders, random_rotation, rotated_orders
 from helpers.strategies import (
     TOLERANCE,
@@ -170,7 +171,7 @@ def in_a_subspace(rank_of: int) -> HybridParent:
 def test_a_stream_in_few_directions_is_cut_to_them_without_loss() -> None:
     """A member of that width is the parent; with sorted coordinates it is not."""
     parent, tokens = in_a_subspace(5), random_tokens(SHAPE, batch=8)
-    found = collect(parent, tokens, CONFIG)
+    found = collect(parent, rows_of(tokens), CONFIG)
     orders = random_orders(SHAPE, 0)
     rotation = principal_directions(parent, found.covariances)
     check_rotation(rotation)
@@ -219,7 +220,7 @@ def test_spreading_keeps_what_each_width_spans_and_evens_out_its_channels() -> N
 
 def measured(parent: HybridParent, tokens: Tensor) -> dict[str, Tensor]:
     """Energies by a pass over a parent that is in its basis already."""
-    found = collect(parent, tokens, CONFIG)
+    found = collect(parent, rows_of(tokens), CONFIG)
     return energies(found.covariances, None) | found.gated
 
 
@@ -231,7 +232,7 @@ def test_energies_are_those_of_a_second_pass(tmp_path: Path, hidden: str) -> Non
     ranking = rank(
         tmp_path / "parent",
         lambda: load_parent(tmp_path / "parent"),
-        Calibration(tokens, tokens),
+        Calibration(rows_of(tokens), rows_of(tokens)),
         dataclasses.replace(CONFIG, hidden=hidden, depth_samples=4),
         Space.build(SpaceConfig(hidden=[13, 8]), SHAPE),
         0,

@@ -7,6 +7,7 @@ Mamba mixer's output from the library.
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.documents import rows_of
 from helpers.strategies import assert_near, random_parent, random_tokens, tiny_shape
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def observed(parent: HybridParent, tokens: Tensor, ffn_score: str) -> dict[str, 
 def test_sums_are_those_of_absolute_activations(ffn_score: str, seed: int) -> None:
     """`hidden` runs over every norm, the final one included."""
     parent, tokens = random_parent(SHAPE, seed), random_tokens(SHAPE, batch=5, seed=seed)
-    scores = collect(parent, tokens, settings(ffn_score=ffn_score)).scores
+    scores = collect(parent, rows_of(tokens), settings(ffn_score=ffn_score)).scores
     found = observed(parent, tokens, ffn_score)
     assert scores.keys() == found.keys()
     assert len(found["hidden"]) == len(SHAPE.pattern) + 1
@@ -94,7 +95,9 @@ def test_sums_are_those_of_absolute_activations(ffn_score: str, seed: int) -> No
 def test_mean_l2_is_the_norm_over_sequences_of_the_mean_over_time(ffn_score: str) -> None:
     """For `hidden` the norm runs over the outputs of all norms as well."""
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    scores = collect(parent, tokens, settings(ffn_score=ffn_score, aggregation="mean_l2")).scores
+    scores = collect(
+        parent, rows_of(tokens), settings(ffn_score=ffn_score, aggregation="mean_l2")
+    ).scores
     for name, activations in observed(parent, tokens, ffn_score).items():
         squares = sum(values.double().abs().mean(1).square().sum(0) for values in activations)
         assert_near(scores[name], squares.sqrt())
@@ -110,8 +113,12 @@ def test_the_two_ffn_scores_rank_differently() -> None:
         parent.backbone.layers[1].norm.weight.abs_()
         parent.backbone.embeddings.weight.abs_()
         parent.backbone.layers[0].mixer.out_proj.weight.zero_()
-    before = collect(parent, tokens, settings(ffn_score="pre_activation")).scores["layer.1"]
-    after = collect(parent, tokens, settings(ffn_score="post_activation")).scores["layer.1"]
+    before = collect(parent, rows_of(tokens), settings(ffn_score="pre_activation")).scores[
+        "layer.1"
+    ]
+    after = collect(parent, rows_of(tokens), settings(ffn_score="post_activation")).scores[
+        "layer.1"
+    ]
     assert before.argmax() == 3 and before.min() > 0
     assert after[3] == 0 and (after > 0).sum() == after.numel() - 1
 
@@ -119,19 +126,21 @@ def test_the_two_ffn_scores_rank_differently() -> None:
 @pytest.mark.parametrize("aggregation", ["sum", "mean_l2"])
 def test_batch_size_does_not_matter(aggregation: str) -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    whole = collect(parent, tokens, settings(batch_size=5, aggregation=aggregation)).scores
+    whole = collect(parent, rows_of(tokens), settings(batch_size=5, aggregation=aggregation)).scores
     for batch_size in (1, 2, 3):
         split = settings(batch_size=batch_size, aggregation=aggregation)
-        for name, score in collect(parent, tokens, split).scores.items():
+        for name, score in collect(parent, rows_of(tokens), split).scores.items():
             assert_near(score, whole[name])
 
 
 def test_only_the_asked_number_of_samples_is_read() -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE, batch=5)
-    three = collect(parent, tokens, settings(samples=3)).scores
-    for name, score in collect(parent, tokens[:3], settings()).scores.items():
+    three = collect(parent, rows_of(tokens), settings(samples=3)).scores
+    for name, score in collect(parent, rows_of(tokens[:3]), settings()).scores.items():
         assert torch.equal(three[name], score)
-    assert not torch.equal(three["hidden"], collect(parent, tokens, settings()).scores["hidden"])
+    assert not torch.equal(
+        three["hidden"], collect(parent, rows_of(tokens), settings()).scores["hidden"]
+    )
 
 
 def hooks(parent: HybridParent) -> int:
@@ -140,7 +149,7 @@ def hooks(parent: HybridParent) -> int:
 
 def test_hooks_and_gradients_are_gone_afterwards() -> None:
     parent, tokens = random_parent(SHAPE), random_tokens(SHAPE)
-    scores = collect(parent, tokens, settings()).scores
+    scores = collect(parent, rows_of(tokens), settings()).scores
     assert hooks(parent) == 0
     assert not any(score.requires_grad for score in scores.values())
     assert all(weight.grad is None for weight in parent.parameters())
@@ -149,7 +158,7 @@ def test_hooks_and_gradients_are_gone_afterwards() -> None:
 def test_hooks_are_gone_after_a_failure_too() -> None:
     parent = random_parent(SHAPE)
     with pytest.raises(IndexError):
-        collect(parent, torch.full((2, 9), SHAPE.vocab_size), settings())
+        collect(parent, rows_of(torch.full((2, 9), SHAPE.vocab_size)), settings())
     assert hooks(parent) == 0
 
 
@@ -160,7 +169,7 @@ def test_scores_that_are_not_finite_are_no_ranking(value: float) -> None:
     with torch.no_grad():
         parent.backbone.layers[1].mixer.up_proj.weight[2, 3] = value
     with pytest.raises(ValueError, match="importance: scores of layer 1 are not finite on the cal"):
-        collect(parent, random_tokens(SHAPE), settings())
+        collect(parent, rows_of(random_tokens(SHAPE)), settings())
 
 
 @pytest.mark.parametrize(
@@ -175,12 +184,12 @@ def test_energies_that_are_not_finite_are_no_basis(
     monkeypatch.setattr(kind, "value", property(lambda self: torch.full((2,), torch.inf)))
     line = rf"importance: energies before backbone\.layers\.0\.{norm}\.weight are not finite"
     with pytest.raises(ValueError, match=line):
-        collect(random_parent(SHAPE), random_tokens(SHAPE), settings())
+        collect(random_parent(SHAPE), rows_of(random_tokens(SHAPE)), settings())
 
 
 def test_collecting_changes_no_weight() -> None:
     parent = random_parent(SHAPE)
     before = {name: weight.clone() for name, weight in parent.state_dict().items()}
-    collect(parent, random_tokens(SHAPE), settings())
+    collect(parent, rows_of(random_tokens(SHAPE)), settings())
     for name, weight in parent.state_dict().items():
         assert torch.equal(weight, before[name])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.documents import rows_of
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def generator() -> torch.Generator:
 def strays(parent: HybridParent, tokens: Tensor, order: Sequence[int]) -> list[int]:
     """Layers of an order that are not the least important of their round, ties left out: by the
     errors of this parent in the network that the order itself has come to."""
-    trials, found = Trials(parent, tokens, CONFIG, generator(), ALONE), []
+    trials, found = Trials(parent, rows_of(tokens), CONFIG, generator(), ALONE), []
     for done, layer in enumerate(order):
         errors = trials.errors(Round.after(len(SHAPE.pattern), CANDIDATES, order[:done]))
         if errors[layer] > (1 + TIE) * min(errors.values()):
@@ -72,12 +73,12 @@ def strays(parent: HybridParent, tokens: Tensor, order: Sequence[int]) -> list[i
 def test_layers_have_the_order_of_float32_but_for_ties(seed: int) -> None:
     tokens = text(seed)
     order, rounds = rank_layers(
-        structured(seed, torch.bfloat16), tokens, CONFIG, DROPPED, generator()
+        structured(seed, torch.bfloat16), rows_of(tokens), CONFIG, DROPPED, generator()
     )
     wide = structured(seed, torch.float32)
     assert strays(wide, tokens, order) == []
     assert strays(wide, tokens, order[::-1]), "guards the guard"
-    first = rank_layers(wide, tokens, CONFIG, 1, generator())[1]
+    first = rank_layers(wide, rows_of(tokens), CONFIG, 1, generator())[1]
     assert rounds[0] == pytest.approx(first[0], rel=TIE)
 
 
@@ -85,7 +86,8 @@ def test_layers_have_the_order_of_float32_but_for_ties(seed: int) -> None:
 def test_widths_have_the_scores_of_float32(seed: int) -> None:
     tokens = text(seed)
     narrow, wide = (
-        collect(structured(seed, dtype), tokens, CONFIG) for dtype in (torch.bfloat16, torch.float)
+        collect(structured(seed, dtype), rows_of(tokens), CONFIG)
+        for dtype in (torch.bfloat16, torch.float)
     )
     for name, scores in wide.scores.items():
         torch.testing.assert_close(narrow.scores[name], scores, rtol=SCORES, atol=0)
@@ -114,7 +116,7 @@ def test_products_are_narrow_and_the_stream_is_not() -> None:
         if isinstance(module, nn.Linear) and module is not parent.lm_head:
             module.register_forward_hook(lambda _m, _i, out: products.append(out.dtype))
     seen_by(parent.backbone.norm_f, stream)
-    rank_layers(parent, text(0), CONFIG, 1, generator())
+    rank_layers(parent, rows_of(text(0)), CONFIG, 1, generator())
     assert set(stream) == {torch.float32} and set(products) == {torch.bfloat16}
 
 
@@ -128,6 +130,6 @@ def test_what_is_measured_is_not_rounded_again(monkeypatch: pytest.MonkeyPatch) 
         add(self, x)
 
     monkeypatch.setattr(basis.StreamStatistic, "add", noted)
-    found = collect(structured(0, torch.bfloat16), text(0), CONFIG)
+    found = collect(structured(0, torch.bfloat16), rows_of(text(0)), CONFIG)
     assert isinstance(found, Statistics)
     assert inside and not any(inside)

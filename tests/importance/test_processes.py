@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cluster_processes import processes
+from helpers.documents import rows_of
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from safetensors.torch import load_file
 
@@ -28,7 +29,8 @@ Tell = Callable[[str], None]
 
 SHAPE = tiny_shape(pattern="M-*M-M-M", hidden_size=12)
 TEXT = Calibration(
-    random_tokens(SHAPE, batch=7, time=11), random_tokens(SHAPE, batch=5, time=8, seed=1)
+    rows_of(random_tokens(SHAPE, batch=7, time=11)),
+    rows_of(random_tokens(SHAPE, batch=5, time=8, seed=1)),
 )
 CONFIG = ImportanceConfig(samples=7, batch_size=2, depth_samples=5, depth_positions=6)
 SPACE = Space.build(SpaceConfig(hidden=[12, 8], depth=[8, 5]), SHAPE)

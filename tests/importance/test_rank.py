@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.documents import rows_of
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,7 +31,9 @@ rank_module = importlib.import_module("elastic.importance.rank")  # the name `ra
 
 SHAPE = tiny_shape(pattern="M-*M-M")
 CONFIG = ImportanceConfig(samples=4, batch_size=2, depth_samples=4)
-TEXT = Calibration(random_tokens(SHAPE, batch=4), random_tokens(SHAPE, batch=4, time=7, seed=1))
+TEXT = Calibration(
+    rows_of(random_tokens(SHAPE, batch=4)), rows_of(random_tokens(SHAPE, batch=4, time=7, seed=1))
+)
 
 
 def space(**axes: list[int]) -> Space:
@@ -171,9 +174,9 @@ CHANGES = {
     "weights": changed_weight,
     "settings": lambda s: s | {"config": dataclasses.replace(CONFIG, aggregation="mean_l2")},
     "data": lambda s: s | {"data_fingerprint": "other text"},
-    "amount of data": lambda s: s | {"calibration": Calibration(TEXT.widths[:3], TEXT.depth)},
+    "amount of data": lambda s: s | {"calibration": Calibration(TEXT.widths.first(3), TEXT.depth)},
     "amount of data for depth": (
-        lambda s: s | {"calibration": Calibration(TEXT.widths, TEXT.depth[:, :5])}
+        lambda s: s | {"calibration": Calibration(TEXT.widths, rows_of(TEXT.depth.inputs[:, :5]))}
     ),
     "seed": lambda s: s | {"seed": 1},
     "basis": lambda s: s | {"config": dataclasses.replace(CONFIG, spread=True)},

@@ -9,6 +9,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.documents import rows_of
 from helpers.orders import identity_orders, one_axis, random_orders
 from helpers.strategies import (
     TOLERANCE,
@@ -265,7 +266,7 @@ def test_a_cut_of_the_ranked_and_sorted_parent_keeps_what_matters(axis: str) -> 
         MLPLayer(4, sizes["ffn"]),
     )
     member = Architecture(sizes["hidden"], layers)
-    scores = collect(parent, tokens, ImportanceConfig(samples=4)).scores
+    scores = collect(parent, rows_of(tokens), ImportanceConfig(samples=4)).scores
     orders = rank_widths(SHAPE, scores, sizes["mamba_channels"])
     found = getattr(orders, axis)
     for order in [found] if axis == "hidden" else found.values():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.alive import Alive
 from helpers.cluster_processes import processes
+from helpers.documents import rows_of
 from helpers.runs import settings
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from plan.test_fit import REAL, made, plan_settings
@@ -57,9 +58,13 @@ def planned(shape: ParentShape, config: RunConfig, order: list[int]) -> ranking.
 def ranked(parent: HybridParent, config: ImportanceConfig, place: Place = ALONE) -> list[int]:
     """All that a plan counts; returns the layers that are dropped."""
     shape = parent.shape
-    collect(parent, random_tokens(shape, config.samples, config.sequence_length), config, place)
+    collect(
+        parent, rows_of(random_tokens(shape, config.samples, config.sequence_length)), config, place
+    )
     tokens = random_tokens(shape, config.depth_samples, config.depth_sequence_length)
-    return rank_layers(parent, tokens, config, 3, torch.Generator().manual_seed(0), place)[0]
+    return rank_layers(parent, rows_of(tokens), config, 3, torch.Generator().manual_seed(0), place)[
+        0
+    ]
 
 
 # FLOPs
@@ -177,12 +182,12 @@ def test_memory_is_what_lives(case: str, precision: str) -> None:
     parent = make_ready(parent, torch.device("cpu"), dtype)
     assert plan.weights == sum(weight.nbytes for weight in parent.parameters())
     with Alive() as alive:
-        found = collect(parent, random_tokens(shape, 2, 512), importance)
+        found = collect(parent, rows_of(random_tokens(shape, 2, 512)), importance)
     assert plan.covariances == sum(each.nbytes for each in found.covariances.values())
     least, most = WORST[precision]["widths"]
     assert least < (plan.covariances + plan.widths) / alive.peak < most
     with Alive() as alive:
-        rank_layers(parent, random_tokens(shape, 2, 256), importance, 2, torch.Generator())
+        rank_layers(parent, rows_of(random_tokens(shape, 2, 256)), importance, 2, torch.Generator())
     least, most = WORST[precision]["depth"]
     assert least < plan.depth / alive.peak < most
     with Alive() as alive:
@@ -196,7 +201,7 @@ def test_memory_is_what_lives(case: str, precision: str) -> None:
 def test_a_stream_that_is_sorted_keeps_diagonals() -> None:
     importance = one_batch("sort")
     parent = HybridParent(SHAPE).initialise(torch.Generator().manual_seed(0))
-    found = collect(parent, random_tokens(SHAPE, 2, 16), importance).covariances
+    found = collect(parent, rows_of(random_tokens(SHAPE, 2, 16)), importance).covariances
     plan = memory_of(SHAPE, importance, "32-true")
     assert plan.covariances == sum(each.nbytes for each in found.values())
     assert plan.directions == 0

@@ -22,6 +22,7 @@ FIVE = {
     "small": "+budgets={a:{params:0.85},b:{params:0.65}}",
     "tiny": "+budgets={a_long_name_of_a_budget_that_nobody_shortened:{params:0.8},x:{params:0.65}}",
     "tiny_heterogeneous": "+budgets={a:{params:0.85},b:{params:0.65}}",
+    "tiny_reasoning": "+budgets={a:{params:0.8},b:{params:0.6}}",
     "medium": "+budgets={a:{params:0.85},b:{params:0.65}}",
     "nano_v2_12b": "+budgets={11b:{params:1.1e10},7b:{params:7.5e9}}",
     "nano_v2_9b": "+budgets={7b:{params:7.5e9},5b:{params:5e9}}",
@@ -46,7 +47,8 @@ def cases() -> list[tuple[str, ...]]:
 
 def of(*overrides: str) -> dict[str, Any]:
     """A plan that knows what was set, as the command makes it; the 8-process batch fits tiny."""
-    fitting = [f"curriculum.stages.{stage}.batch_tokens=8192" for stage in ("short", "long")]
+    stages = ("short", "long", *(["pretrain"] if "reasoning" in overrides[0] else []))
+    fitting = [f"curriculum.stages.{stage}.batch_tokens=8192" for stage in stages]
     small = any(name in overrides[0] for name in ("tiny", "=small"))
     needed = fitting if small and "trainer=gpu" in overrides else []
     return make_plan(plan_settings(*overrides, *needed), [*overrides, *needed])

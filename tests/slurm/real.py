@@ -20,7 +20,7 @@ from helpers.runs import CALIBRATION, SMALL_PARENT, SMALL_SPACE, stage
 from safetensors.torch import load_file
 from tests.slurm.cluster import Cluster, cluster
 
-TEXT = ["data.source=files", f"data.path='{ROOT}/elastic/*/*.py'"]
+TEXT = ["data=files", "data.tokenizer=train", f"data.path='{ROOT}/elastic/*/*.py'"]
 ONE_STEP = ["debug=one_step", *TEXT, "data.validation_every=3"]
 TWO_TASKS = ["--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1"]
 ONE_TASK = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"]

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.multiprocessing
+from helpers.documents import batch_of_documents
 from helpers.strategies import random_parent, random_tokens, tiny_shape
 from helpers.teacher_processes import CPU, readable, run_together, same, teacher_of
 from torch import nn
 
 from elastic.config import ConfigError, ObjectiveConfig
+from elastic.data import one_document
 from elastic.teacher import StreamedTeacher, build_teacher
 
 SHAPES = {
@@ -31,10 +33,10 @@ SHAPES = {
 @pytest.mark.parametrize("start", [None, 3], ids=["one_document", "documents"])
 def test_a_replicated_teacher_has_the_logits_of_its_parent(start: int | None) -> None:
     parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape(), time=12)
-    hidden, head = teacher_of("replicated", parent, start=start).distributions(batch, "train", 0)
-    tokens = batch[:, :-1]
-    documents = None if start is None else (tokens == start).cumsum(-1, dtype=torch.int32)
-    assert start is None or len(documents.unique()) > 1  # type: ignore[union-attr]
+    rows = batch_of_documents(batch, start)
+    hidden, head = teacher_of("replicated", parent).distributions(rows, "train", 0)
+    tokens, documents = rows.inputs, rows.documents
+    assert start is None or len(documents.unique()) > 1
     expected = parent.logits(tokens, None, documents).flatten(0, 1)
     assert torch.equal(hidden @ head.T, expected)
     assert not hidden.requires_grad and not head.requires_grad
@@ -43,9 +45,9 @@ def test_a_replicated_teacher_has_the_logits_of_its_parent(start: int | None) ->
 @pytest.mark.parametrize("where", ["replicated", "cpu_offload"])
 def test_what_becomes_of_the_parent_does_not_matter(where: str) -> None:
     """It is sorted and trained in place afterwards."""
-    parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape())
-    teacher = build_teacher(ObjectiveConfig(teacher=where), parent, "32-true", None, 1)
-    expected = parent.logits(batch[:, :-1]).flatten(0, 1)
+    parent, batch = random_parent(tiny_shape()), one_document(random_tokens(tiny_shape()))
+    teacher = build_teacher(ObjectiveConfig(teacher=where), parent, "32-true", 1)
+    expected = parent.logits(batch.inputs).flatten(0, 1)
     with torch.no_grad():
         for weight in parent.parameters():
             weight.add_(1.0)
@@ -63,13 +65,12 @@ def test_in_bfloat16_it_is_a_float32_copy_under_autocast(start: int | None, ambi
     with torch.no_grad():
         embedding = parent.backbone.embeddings.weight
         embedding.copy_(embedding.bfloat16())
-    teacher = teacher_of("replicated", parent, "bf16-mixed", start)
-    tokens = batch[:, :-1]
-    documents = None if start is None else (tokens == start).cumsum(-1, dtype=torch.int32)
+    teacher, rows = teacher_of("replicated", parent, "bf16-mixed"), batch_of_documents(batch, start)
+    tokens, documents = rows.inputs, rows.documents
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = parent(tokens, None, documents).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=ambient):
-        hidden, head = teacher.distributions(batch, "train", 0)
+        hidden, head = teacher.distributions(rows, "train", 0)
     assert torch.equal(hidden, expected.bfloat16())
     assert torch.equal(head, parent.lm_head.weight.bfloat16())
 
@@ -98,16 +99,17 @@ def test_an_offloaded_teacher_is_the_replicated_one(name: str, precision: str) -
     """To the bit, in every call."""
     shape = SHAPES[name]
     parent = random_parent(shape)
-    plain, streamed = (teacher_of(w, parent, precision, 3) for w in ("replicated", "cpu_offload"))
+    plain, streamed = (teacher_of(w, parent, precision) for w in ("replicated", "cpu_offload"))
     for seed in range(3):
-        batch = random_tokens(shape, seed=seed)
+        batch = batch_of_documents(random_tokens(shape, seed=seed), 3)
         output = plain.distributions(batch, "train", 0)
         assert same(output, streamed.distributions(batch, "train", 0))
 
 
 def test_streamed_matrices_are_there_only_while_they_are_read() -> None:
     shape = SHAPES["long"]
-    teacher, batch = teacher_of("cpu_offload", random_parent(shape)), random_tokens(shape)
+    teacher = teacher_of("cpu_offload", random_parent(shape))
+    batch = one_document(random_tokens(shape))
     model, seen = teacher.model, []
     for block in model.backbone.layers:
         block.register_forward_hook(
@@ -134,7 +136,7 @@ def test_a_device_holds_two_blocks_and_an_end() -> None:
 
 
 def test_a_second_stage_starts_without_a_second_copy() -> None:
-    parent, batch = random_parent(tiny_shape()), random_tokens(tiny_shape())
+    parent, batch = random_parent(tiny_shape()), one_document(random_tokens(tiny_shape()))
     teacher = teacher_of("cpu_offload", parent)
     stream = teacher.stream  # type: ignore[attr-defined]
     output = teacher.distributions(batch, "train", 0)[0].clone()
@@ -206,11 +208,11 @@ def test_an_offloaded_teacher_is_the_replicated_one_on_a_gpu(precision: str) -> 
     parent, device = random_parent(shape), torch.device("cuda", 0)
     teachers = []
     for where in ("replicated", "cpu_offload"):
-        teacher = build_teacher(ObjectiveConfig(teacher=where), parent, precision, None, 1)
+        teacher = build_teacher(ObjectiveConfig(teacher=where), parent, precision, 1)
         teacher.start(device, "short")
         teachers.append(teacher)
     for seed in range(4):
-        batch = random_tokens(shape, batch=2, time=65, seed=seed).to(device)
+        batch = one_document(random_tokens(shape, batch=2, time=65, seed=seed)).to(device)
         plain, streamed = (teacher.distributions(batch, "train", 0) for teacher in teachers)
         assert isinstance(plain, tuple) and isinstance(streamed, tuple)
         assert same(plain, streamed)

@@ -4,16 +4,13 @@ Compared: a sequence of documents with each of them run on its own, in logits an
 what training and validation make of a window of text with what its documents cost by themselves.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.documents import separately
-from helpers.runs import small_settings
+from helpers.documents import batch_of_documents, separately
 from helpers.strategies import (
     architectures,
     assert_gradients_near,
@@ -31,18 +28,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import elastic.parent.hybrid
-import elastic.parent.ssd
-import elastic.training.train
 from elastic.config import ObjectiveConfig, OptimConfig, ParentShape, StageConfig, TrainerConfig
+from elastic.data import one_document
 from elastic.parent import HybridParent, Member
-from elastic.parent.ssd import Conv1d
 from elastic.routing.curriculum import plan
 from elastic.routing.masks import hard_keep
 from elastic.teacher import OnlineTeacher
 from elastic.training.callbacks import BudgetValidation
 from elastic.training.module import PARENT, ElasticModule
-from elastic.training.run import Run
 
 RUNS = ("whole", "sliced", "masked")
 
@@ -138,118 +131,65 @@ def test_bfloat16_stays_bfloat16_and_near_float32(run: str) -> None:
     assert_near(half.logits(tokens, member, documents), exact, torch.bfloat16)
 
 
-def _without_documents(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def leaky(*arguments: object) -> Tensor:
-        return function(*arguments[:-1], None)
-
-    return leaky
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "breakage"),
-    [
-        (elastic.parent.ssd, "scan", _without_documents),
-        (Conv1d, "forward", _without_documents),
-        (
-            elastic.parent.hybrid,
-            "document_mask",
-            lambda whole: lambda ids: whole(torch.zeros_like(ids)),
-        ),
-    ],
-    ids=["state", "convolution", "attention"],
-)
-def test_the_comparison_notices_each_leak(
-    owner: object, name: str, breakage: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards the guard."""
-    parent, documents = random_parent(tiny_shape()), ids(9, 8)
-    assert leak(parent, None, documents) < 1e-4
-    monkeypatch.setattr(owner, name, breakage(getattr(owner, name)))
-    assert leak(parent, None, documents) > 1e-2
-
-
-# In training: the end-of-text token begins the next document.
+# In training.
 
 END = 3
 WINDOW = torch.tensor(
     [[5, 1, 4, END, 2, 2, 7, END, END, 9, 8], [END, 6, 1, 4, 4, 2, 5, 5, 1, 2, 0]]
 )
-"""(b, t + 1) text with five documents, one of them empty."""
-SPANS = [(0, 0, 3), (0, 3, 7), (0, 7, 8), (0, 8, 10), (1, 0, 10)]
-"""Row, first and last of their inputs; a target may be the end-of-text that follows."""
+"""(b, t + 1) text with five documents, one of a single token; each begins with END."""
+BATCH = batch_of_documents(WINDOW, END)
+SPANS = [(0, 0, 3), (0, 3, 7), (0, 8, 11), (1, 0, 11)]
+"""Row, first token and one after the last, of the documents that have targets."""
 
 
-def module_of(mode: str, start: int | None) -> ElasticModule:
+def module_of(mode: str) -> ElasticModule:
     """A stage on random parents; a frozen teacher where the mode has one."""
     settings = StageConfig(mode=mode, tokens=20, sequence_length=10, batch_tokens=20, model_lr=1e-3)
     (stage,) = plan({"only": settings}, TrainerConfig())
     parent, teacher, family, optimizer = random_parent(tiny_shape()), None, None, None
     if mode == "elastic":
-        teacher = OnlineTeacher(random_parent(tiny_shape(), seed=1), "32-true", start)
+        teacher = OnlineTeacher(random_parent(tiny_shape(), seed=1), "32-true")
         family, optimizer = SimpleNamespace(router=None), SimpleNamespace()
     objective, optim = ObjectiveConfig(chunk_tokens=4), OptimConfig()
-    return ElasticModule(
-        parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1, start
-    )
+    return ElasticModule(parent, family, teacher, optimizer, stage, {}, objective, optim, 0, 1)
 
 
 def loss_by_documents(parent: HybridParent) -> Tensor:
     """Mean loss of the window, each document in a call of its own."""
     losses = []
     for row, first, last in SPANS:
-        logits = parent.logits(WINDOW[row : row + 1, first:last])[0]
-        targets = WINDOW[row, first + 1 : last + 1]
+        logits = parent.logits(WINDOW[row : row + 1, first : last - 1])[0]
+        targets = WINDOW[row, first + 1 : last]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(losses).mean()
 
 
 def test_a_step_learns_from_every_token_as_its_documents_alone_would() -> None:
     """Loss and gradients."""
-    module = module_of("pretrain", END)
+    module = module_of("pretrain")
     expected = loss_by_documents(module.parent)
     wanted = gradients(module.parent, expected)
-    loss = module.training_step(WINDOW, 0)["loss"]
+    loss = module.training_step(BATCH, 0)["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradients_near(gradients(module.parent, loss), wanted)
-    crossing = module_of("pretrain", None).training_step(WINDOW, 0)["loss"]
+    crossing = module_of("pretrain").training_step(one_document(WINDOW), 0)["loss"]
     assert crossing.item() != pytest.approx(expected.item(), rel=1e-2)
 
 
 def test_validation_measures_what_training_learns() -> None:
-    module = module_of("pretrain", END)
+    module = module_of("pretrain")
     trainer = SimpleNamespace(
         strategy=SimpleNamespace(model=module),
         precision_plugin=SimpleNamespace(val_step_context=nullcontext),
     )
-    losses, _ = BudgetValidation([WINDOW], 1)._measure(trainer, module, {PARENT: (PARENT, None)})
+    losses, _ = BudgetValidation([BATCH], 1)._measure(trainer, module, {PARENT: (PARENT, None)})
     assert losses[PARENT] == pytest.approx(loss_by_documents(module.parent).item(), rel=1e-5)
 
 
 def test_the_teacher_separates_documents_as_its_student_does() -> None:
-    module = module_of("elastic", END)
-    documents = (WINDOW[:, :-1] == END).cumsum(-1)
+    module = module_of("elastic")
     assert isinstance(module.teacher, OnlineTeacher)
-    hidden, head = module.teacher.distributions(WINDOW, "train", 0)
-    expected = separately(module.teacher.model, WINDOW[:, :-1], None, documents)
+    hidden, head = module.teacher.distributions(BATCH, "train", 0)
+    expected = separately(module.teacher.model, BATCH.inputs, None, BATCH.documents)
     assert_near((hidden @ head.T).view_as(expected), expected)
-
-
-@pytest.mark.parametrize("separate", [True, False])
-def test_the_setting_decides(
-    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run gives its stages the tokenizer's end-of-text, or nothing."""
-    given: list[object] = []
-
-    def stop(*arguments: object) -> None:
-        given.append(arguments[-1])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(elastic.training.train, "ElasticModule", stop)
-    setting = f"data.separate_documents={separate}".lower()
-    run = Run(small_settings(tmp_path / "run", setting, steps=(1, 1, 1)))
-    run.begin()
-    with pytest.raises(KeyboardInterrupt):
-        run.execute()
-    assert given == [run.setup.data.tokenizer.eos_token_id if separate else None]
-    assert run.setup.data.tokenizer.eos_token_id is not None

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -25,6 +26,7 @@ from elastic.config import (
     StageConfig,
     TrainerConfig,
 )
+from elastic.data import Batch, one_document
 from elastic.losses import Head, distillation_dense
 from elastic.members.architecture import Architecture, Space
 from elastic.members.cost import parameters
@@ -43,11 +45,23 @@ SHARES = {"a": 0.4, "b": 0.3, "c": 0.1, "d": 0.2}
 SEED, LENGTH, SEQUENCES, MICRO_BATCHES = 3, 6, 2, 2
 
 
-def batches(rank: int = 0, split: int = 1) -> list[Tensor]:
-    """The micro-batches of one optimizer step, (b, t + 1) each; `split` of them make a draw."""
+def batches(rank: int = 0, split: int = 1) -> list[Batch]:
+    """The micro-batches of one optimizer step; `split` of them make a draw. They have different
+    numbers of targets, and weigh by them."""
     generator = torch.Generator().manual_seed(rank)
-    size = (MICRO_BATCHES * split, SEQUENCES // split, LENGTH + 1)
-    return list(torch.randint(SHAPE.vocab_size, size, generator=generator))
+    count = MICRO_BATCHES * split
+    size = (count, SEQUENCES // split, LENGTH + 1)
+    tokens = torch.randint(SHAPE.vocab_size, size, generator=generator)
+    plain = [one_document(each) for each in tokens]
+    counted = [
+        torch.arange(each.target_count)[number % 2 :: 2] for number, each in enumerate(plain)
+    ]
+    counted[0] = counted[0][:-1]
+    share = count / sum(map(len, counted))
+    return [
+        replace(each, counted=places, share=len(places) * share)
+        for each, places in zip(plain, counted, strict=True)
+    ]
 
 
 def module_of(frozen: bool, teacher: str, passes: int, split: int = 1) -> ElasticModule:
@@ -71,7 +85,7 @@ def module_of(frozen: bool, teacher: str, passes: int, split: int = 1) -> Elasti
     )  # fmt: skip
     trainer = TrainerConfig(micro_batch_tokens=SEQUENCES // split * LENGTH)
     (planned,) = plan({"only": stage}, trainer)
-    other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true", None)
+    other = OnlineTeacher(random_parent(SHAPE, seed=1), "32-true")
     return ElasticModule(
         random_parent(SHAPE), family, other if teacher == "replicated" else None,
         RouterOptimizer(router, OptimConfig()), planned, SHARES, settings, OptimConfig(), SEED,
@@ -85,13 +99,13 @@ def weights_of(module: ElasticModule) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **routers}
 
 
-class Text(IterableDataset[Tensor]):
+class Text(IterableDataset[Batch]):
     """Every micro-batch once for each pass, over and over."""
 
-    def __init__(self, rows: list[Tensor], passes: int) -> None:
+    def __init__(self, rows: list[Batch], passes: int) -> None:
         self.rows, self.passes = rows, passes
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             for row in self.rows:
                 yield from [row] * self.passes
@@ -122,9 +136,7 @@ class Record(Callback):
             }
 
 
-def train(
-    module: ElasticModule, rows: list[Tensor], steps: int = 1, *callbacks: Callback
-) -> Record:
+def train(module: ElasticModule, rows: list[Batch], steps: int = 1, *callbacks: Callback) -> Record:
     """Some optimizer steps by Lightning."""
     record = Record()
     trainer = L.Trainer(
@@ -149,28 +161,28 @@ def shares_of(module: ElasticModule, number: int) -> dict[str, float]:
     return {each.budget: each.weight / len(passes) for each in passes}
 
 
-def by_hand(module: ElasticModule, rows: list[Tensor]) -> dict[str, Tensor]:
+def by_hand(module: ElasticModule, rows: list[Batch]) -> dict[str, Tensor]:
     """Gradient of the weighted sum of separate passes, on whole logits."""
     objective, family = module.objective, module.family
     assert family is not None
     total = torch.zeros(())
     for micro_batch, row in enumerate(rows):
-        tokens, text = row[:, :-1], row[:, 1:].flatten()
+        tokens, text = row.inputs, row.targets[row.counted]
         teacher = None
         if isinstance(module.teacher, OnlineTeacher):
-            teacher = module.teacher.model.logits(tokens).flatten(0, 1)
+            teacher = module.teacher.model.logits(tokens).flatten(0, 1)[row.counted]
         number = micro_batch * MICRO_BATCHES // len(rows)
         for turn, (budget, share) in enumerate(shares_of(module, number).items()):
             where = (0, 0, number, turn, 0)
             draw = family.draw(budget, 0.0, draw_seed(SEED, "router", *where))
-            logits = module.parent.logits(tokens, draw.member).flatten(0, 1)
+            logits = module.parent.logits(tokens, draw.member).flatten(0, 1)[row.counted]
             loss = objective.cross_entropy_weight * F.cross_entropy(logits, text)
             if teacher is not None:
                 distance = distillation_dense(logits, teacher.detach(), "forward_kl", 1.0)
                 loss = loss + objective.distillation_weight * distance
             else:
                 teacher = logits
-            total = total + share / len(rows) * (loss + draw.terms.get("total", 0.0))
+            total = total + share / len(rows) * (row.share * loss + draw.terms.get("total", 0.0))
     weights = {n: w for n, w in weights_of(module).items() if w.requires_grad}
     found = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     return {

@@ -372,14 +372,13 @@ BUILT = [name for name in EXPERIMENTS if not name.startswith("nano")]
 @pytest.mark.parametrize("experiment", BUILT)
 def test_every_experiment_parses_and_takes_a_step(experiment: str, tmp_path: Path) -> None:
     """At reduced size, on one CPU process: one or two steps of every stage."""
+    if experiment == "tiny_reasoning":
+        text = ["data.sources.short.problems=200", "data.sources.long.problems=100"]
+    else:
+        path = "data.path='" + str(Path(json.__file__).parent / "*.py") + "'"
+        text = ["data=files", "data.tokenizer=train", path, "data.validation_every=2"]
     config = settings(
-        tmp_path / "run",
-        "trainer=cpu",
-        "debug=one_step",
-        "data.source=files",
-        "data.path='" + str(Path(json.__file__).parent / "*.py") + "'",
-        "data.validation_every=2",
-        experiment=experiment,
+        tmp_path / "run", "trainer=cpu", "debug=one_step", *text, experiment=experiment
     )
     output = launch(config)
     assert set(Manifest.read(output).budgets) == set(config.budgets)

@@ -123,8 +123,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "parent/model.safetensors: is missing: the parent is written again",
     ),
     "tokens bit": (
-        lambda run: flip(run / "data" / "train.npy"),
-        "data/train.npy: block 0 .*: the tokens are made from the text again",
+        lambda run: flip(*run.glob("data/parts/*/tokens.npy")),
+        "tokens.npy: block 0 .*: the tokens are made from the text again",
+    ),
+    "rows bit": (
+        lambda run: flip(sorted(run.glob("data/packs/*/starts.npy"))[0]),
+        "data/packs/.*: is packed again .*starts.npy: block 0",
     ),
     "tokens gone": (lambda run: shutil.rmtree(run / "data"), "stage short"),
     "scores bit": (
@@ -259,7 +263,11 @@ def given(run_dir: Path, parent: Path, texts: Path) -> RunConfig:
     return settings(run_dir, *more, *CALIBRATION, *stage("short", 4), *stage("long", 2, length=256))
 
 
-TEXT = ["data.source=files", "data.validation_every=5", "data.validation_sequences=8"]
+TEXT = [
+    "data=files",
+    "data.validation_every=5",
+    "data.validation_sequences=8",
+]
 """Of `small_settings`."""
 
 

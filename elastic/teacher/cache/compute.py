@@ -4,11 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from elastic.config import ObjectiveConfig
-from elastic.data import TextDataModule
-from elastic.data.datamodule import permutation
+from elastic.data import Batch, TextDataModule, batch_of
 from elastic.losses import top_k_and_text
 from elastic.teacher import OnlineTeacher
 from elastic.teacher.cache.shards import Rows, ShardSet
@@ -18,15 +16,15 @@ from elastic.teacher.cached import text_digest
 class Windows:
     """Sequences of a stage in the order of the cache."""
 
-    def __init__(self, text: TextDataModule) -> None:
-        self.train, self.validation = text.stream.sequences, text.validation
-        self.order = permutation(text.stream.seed, text.stream.stage_name, 0, len(self.train))
+    def __init__(self, text: TextDataModule, sequences: int) -> None:
+        self.text = text
+        order = text.stream.order
+        self.keys = order.keys(0, sequences)[order.first_uses(sequences)[0]]
 
-    def rows(self, split: str, slots: range) -> Tensor:
-        """(n, t + 1) int64."""
+    def rows(self, split: str, slots: range) -> Batch:
         if split == "validation":
-            return torch.stack([self.validation[slot] for slot in slots])
-        return torch.stack([self.train[int(self.order[slot])] for slot in slots])
+            return batch_of([self.text.held_out[self.text.validation[slot]] for slot in slots])
+        return batch_of([self.text.stream.sequences[int(self.keys[slot])] for slot in slots])
 
 
 class TopKWriter:
@@ -56,17 +54,17 @@ class TopKWriter:
             batch = windows.rows(shards.split, slots[here])
             for name, values in self._top_k(batch, shards, slots[here].start).items():
                 rows[name][here] = values
-            progress(batch[:, 1:].numel())
+            progress(batch.inputs.numel())
         return rows
 
-    def _top_k(self, batch: Tensor, shards: ShardSet, first: int) -> Rows:
-        digests = b"".join(text_digest(window) for window in batch)
+    def _top_k(self, batch: Batch, shards: ShardSet, first: int) -> Rows:
+        digests = b"".join(text_digest(window) for window in batch.tokens)
         text = np.frombuffer(digests, np.uint8).reshape(len(batch), 8)
         batch = batch.to(self.device)
         head = self.teacher.distributions(batch, shards.split, first)
         kept, text_log_probs = top_k_and_text(
             head,
-            batch[:, 1:].flatten(),
+            batch.targets,
             shards.top_k,
             self.objective.temperature,
             self.objective.chunk_tokens,

@@ -3,23 +3,22 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from elastic.config import ConfigError, RunConfig
-from elastic.data import PreparedData, TextDataModule
-from elastic.data.datamodule import permutation
+from elastic.data import PreparedData, StageText, TextDataModule, stage_text
 from elastic.routing.curriculum import Stage
+from elastic.routing.text import stage_texts
 from elastic.storage.files import digest, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "cache.json"
 SAMPLES = 64
-"""Pieces of a large file, or windows of a text, that stand for the whole of it."""
+"""Pieces of a large file that stand for the whole of it."""
 PIECE, SMALL_FILE = 4096, 1 << 24
 """Bytes."""
 
@@ -29,14 +28,12 @@ class StageEntry:
     """The text of one stage."""
 
     sequence_length: int
-    windows: int
-    """Different sequences of the training text."""
     train: int
-    """Of these, the first so many in the order of their first use."""
+    """Different sequences of the training text, in the order of their first use."""
     validation: int
     """Rows of the validation text."""
     order: str
-    """Hash of all that the order depends on, of the order, and of samples of the text."""
+    """Hash of all that the order depends on."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,8 @@ class CacheContents:
     vocabulary: int
     seed: int
     text: str
-    """`PreparedData.fingerprint`."""
+    """`PreparedData.digest`."""
     tokenizer: str
-    separate_documents: bool
     stages: dict[str, StageEntry]
 
 
@@ -62,7 +58,6 @@ _WAYS = {
     "temperature": ("objective.temperature", "set that"),
     "vocabulary": ("the parent's vocabulary", "use the parent that the cache was written for"),
     "tokenizer": ("data.tokenizer", "set that"),
-    "separate_documents": ("data.separate_documents", "set that"),
     "text": ("the text", "restore data.*, its files, or the versions of its libraries"),
     "seed": ("seed", "set that"),
 }
@@ -161,66 +156,66 @@ class CacheIndex:
 
 
 def cache_contents(
-    config: RunConfig, stages: Iterable[Stage], data: PreparedData, teacher: Path, vocabulary: int
+    config: RunConfig, stages: Sequence[Stage], data: PreparedData, teacher: Path, vocabulary: int
 ) -> CacheContents:
     """What the cache of a run must hold; `teacher` is the checkpoint of the unsorted parent.
 
     Stages of mode pretrain have no teacher and are left out.
     """
     assert config.objective.top_k is not None
-    elastic = [stage for stage in stages if stage.config.mode == "elastic"]
+    texts = stage_texts(stages)
     return CacheContents(
         teacher=checkpoint_fingerprint(teacher),
         top_k=config.objective.top_k,
         temperature=config.objective.temperature,
         vocabulary=vocabulary,
         seed=config.seed,
-        text=data.fingerprint,
+        text=data.digest,
         tokenizer=config.data.tokenizer,
-        separate_documents=config.data.separate_documents,
-        stages={stage.name: _stage_contents(config, stage, data) for stage in elastic},
+        stages={
+            stage.name: _stage_contents(config, stage, texts, data)
+            for stage in stages
+            if stage.config.mode == "elastic"
+        },
     )
 
 
-def text_of(config: RunConfig, stage: Stage, data: PreparedData) -> TextDataModule:
-    """The windows of a stage: `stream.sequences` by number, `validation` by row."""
-    return TextDataModule(
-        data.train,
-        data.validation,
-        sequence_length=stage.config.sequence_length,
-        batch_sequences=1,
-        validation_sequences=config.data.validation_sequences,
-        validation_batch=1,
-        seed=config.seed,
-        stage_name=stage.name,
-    )
+def cache_places(
+    config: RunConfig, stages: Sequence[Stage], data: PreparedData
+) -> dict[str, np.ndarray]:
+    """For every elastic stage the place in the cache of each of its sequences, in their order:
+    (sequences,) int64."""
+    texts = stage_texts(stages)
+    return {
+        text.name: data.order(texts, text.name, config.seed).first_uses(text.sequences)[1]
+        for text, stage in zip(texts, stages, strict=True)
+        if stage.config.mode == "elastic"
+    }
 
 
-def _stage_contents(config: RunConfig, stage: Stage, data: PreparedData) -> StageEntry:
-    text = text_of(config, stage, data)
-    train, held_out = text.stream.sequences, text.validation
-    windows, rows = len(train), len(held_out)
-    order = permutation(config.seed, stage.name, 0, windows)
-    known = [config.seed, stage.name, stage.config.sequence_length, data.fingerprint]
-    known += [config.data.tokenizer, config.data.separate_documents, windows]
-    total = hashlib.sha256(json.dumps(known).encode())
-    total.update(order.numpy().tobytes())
-    for number in _spread(windows):
-        total.update(window_bytes(train[int(order[number])]))
-    for number in _spread(rows):
-        total.update(window_bytes(held_out[number]))
+def text_of(
+    config: RunConfig, stage: str, texts: Sequence[StageText], data: PreparedData
+) -> TextDataModule:
+    """The rows of a stage, one per batch."""
+    return stage_text(data, texts, stage, seed=config.seed, batch_sequences=1, step_sequences=1)
+
+
+def _stage_contents(
+    config: RunConfig, stage: Stage, texts: Sequence[StageText], data: PreparedData
+) -> StageEntry:
+    text = text_of(config, stage.name, texts, data)
+    order, count = text.stream.order, stage.tokens // stage.config.sequence_length
     return StageEntry(
         sequence_length=stage.config.sequence_length,
-        windows=windows,
-        train=min(stage.tokens // stage.config.sequence_length, windows),
-        validation=rows,
-        order=total.hexdigest()[:16],
+        train=len(order.first_uses(count)[0]),
+        validation=len(text.validation),
+        order=digest([config.seed, stage.name, stage.config.sequence_length, order.known()]),
     )
 
 
-def window_bytes(window: Tensor) -> bytes:
-    """A window (t + 1,) as bytes, the same on every machine."""
-    return window.to(torch.int64).cpu().numpy().astype("<i8").tobytes()
+def window_bytes(window: np.ndarray) -> bytes:
+    """A row's tokens (t + 1,) as bytes, the same on every machine."""
+    return window.astype("<i8").tobytes()
 
 
 def _spread(count: int) -> list[int]:

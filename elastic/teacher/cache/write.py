@@ -16,6 +16,7 @@ from elastic.parent.ssd import resolve_kernels
 from elastic.parent.stock import read_config, read_shape
 from elastic.parent.weights import load_parent, locate
 from elastic.routing.curriculum import Stage, plan
+from elastic.routing.text import stage_texts
 from elastic.storage.files import refuse_inside, run_folders
 from elastic.teacher import OnlineTeacher, cache_contents
 from elastic.teacher.base import SPLITS
@@ -75,9 +76,8 @@ def write_cache(config: CacheTeacherConfig) -> None:
         len(mine),
     )  # fmt: skip
     if mine:
-        start = data.tokenizer.eos_token_id if config.data.separate_documents else None
-        teacher = OnlineTeacher(load_parent(source, kernels), config.trainer.precision, start)
-        _write(config, {s.name: s for s in stages}, data, teacher, device, mine)
+        teacher = OnlineTeacher(load_parent(source, kernels), config.trainer.precision)
+        _write(config, stages, data, teacher, device, mine)
     left = sum(task.shards.fault(task.number) is not None for task in tasks)
     log.info("%s", f"{left} files left to other workers" if left else "the cache is complete")
 
@@ -159,7 +159,7 @@ def _device(config: CacheTeacherConfig) -> torch.device:
 
 def _text(config: CacheTeacherConfig) -> PreparedData:
     source = None if config.parent.path is None else str(locate(config.parent.path))
-    return prepare_data(config.data, Path(config.run_dir) / "data", source)
+    return prepare_data(config.data, Path(config.run_dir), source)
 
 
 def _tasks(directory: Path, index: CacheIndex, stages: list[str]) -> list[Task]:
@@ -191,14 +191,14 @@ def _describe(config: CacheTeacherConfig, contents: CacheContents, source: Path)
     )  # fmt: skip
     for name, stage in contents.stages.items():
         log.info(
-            "stage %s: %d of %d different sequences of %d tokens, and %d for validation",
-            name, stage.train, stage.windows, stage.sequence_length, stage.validation,
+            "stage %s: %d different sequences of %d tokens, and %d for validation",
+            name, stage.train, stage.sequence_length, stage.validation,
         )  # fmt: skip
 
 
 def _write(
     config: CacheTeacherConfig,
-    stages: dict[str, Stage],
+    stages: list[Stage],
     data: PreparedData,
     teacher: OnlineTeacher,
     device: torch.device,
@@ -206,7 +206,12 @@ def _write(
 ) -> None:
     """Write files, one after the other."""
     names = {task.shards.stage for task in tasks}
-    texts = {name: Windows(text_of(config, stages[name], data)) for name in names}
+    known = stage_texts(stages)
+    texts = {
+        text.name: Windows(text_of(config, text.name, known, data), text.sequences)
+        for text in known
+        if text.name in names
+    }
     writer = TopKWriter(teacher, device, config.objective, config.cache.batch_tokens)
     tokens = sum(task.tokens for task in tasks)
     with Bar(desc="teacher", total=tokens, unit="tok", unit_scale=True) as bar:

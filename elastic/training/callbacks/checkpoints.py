@@ -4,8 +4,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
+from elastic.data import Batch
 from elastic.training.callbacks.metrics import Metrics
 from elastic.training.module import ElasticModule
 from elastic.training.resume import CheckpointStore, local_pieces
@@ -22,7 +22,7 @@ class Checkpoints(Callback):
         trainer: L.Trainer,
         module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)

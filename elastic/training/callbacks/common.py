@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from elastic.data import Batch
 from elastic.training.module import ElasticModule
 
 Outputs = dict[str, Any]
@@ -18,10 +19,10 @@ def log_row(trainer: L.Trainer, module: ElasticModule, metrics: dict[str, float]
         logger.log_metrics(row, step=module.stage.steps_before + module.step)
 
 
-def new_tokens(trainer: L.Trainer, module: ElasticModule, batch: Tensor) -> int:
+def new_tokens(trainer: L.Trainer, module: ElasticModule, batch: Batch) -> int:
     """Tokens of text, over all processes, that the last pass has finished with."""
     finished = module.micro_step % module.stage.passes == 0
-    return batch[:, 1:].numel() * trainer.world_size if finished else 0
+    return batch.inputs.numel() * trainer.world_size if finished else 0
 
 
 def loss_of(module: ElasticModule, outputs: Outputs) -> Tensor:

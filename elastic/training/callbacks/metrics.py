@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from elastic.data import Batch
 from elastic.training.callbacks.common import log_row, loss_of, new_tokens
 from elastic.training.module import PARENT, ElasticModule
 
@@ -41,7 +42,7 @@ class Metrics(Callback):
         trainer: L.Trainer,
         module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)

@@ -5,9 +5,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from elastic.console import Bar
+from elastic.data import Batch
 from elastic.training.callbacks.common import loss_of, new_tokens
 from elastic.training.module import ElasticModule
 
@@ -38,7 +38,7 @@ class Progress(Callback):
         trainer: L.Trainer,
         module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         if self.bar is None:

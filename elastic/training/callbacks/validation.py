@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from elastic.cluster.place import from_first
 from elastic.config import ObjectiveConfig
+from elastic.data import Batch
 from elastic.losses import Head, TopK, token_terms
 from elastic.parent import Member
 from elastic.routing.decide import Candidates
@@ -33,7 +33,7 @@ class BudgetValidation(Callback):
     The teacher is the frozen parent or, where there is none, the full member.
     """
 
-    def __init__(self, data: DataLoader[Tensor], every: int) -> None:
+    def __init__(self, data: DataLoader[Batch], every: int) -> None:
         self.data, self.every = data, every
         self.last_step = -1
 
@@ -42,7 +42,7 @@ class BudgetValidation(Callback):
         trainer: L.Trainer,
         module: L.LightningModule,
         outputs: Any,
-        batch: Tensor,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ElasticModule)
@@ -138,22 +138,22 @@ class BudgetValidation(Callback):
         count, rows = 0, 0
         for batch in self.data:
             batch = batch.to(module.device)
-            targets = batch[:, 1:].flatten()
+            counted = batch.target_count
             teacher: Head | TopK | None = None
             if module.teacher is not None:  # once for all members
                 teacher = module.teacher.distributions(batch, "validation", rows)
-                loss = _teacher_loss(module.teacher, teacher, targets, config, rows, len(batch))
-                losses[PARENT] += loss * len(targets)
+                loss = _teacher_loss(module.teacher, teacher, batch, config, rows)
+                losses[PARENT] += loss * counted
             for name, (budget, member) in members.items():
                 assert trainer.strategy.model is not None
                 with trainer.precision_plugin.val_step_context():
                     terms, student = trainer.strategy.model(batch, budget, member, teacher, config)
-                losses[name] += float(terms["cross_entropy"]) * len(targets)
+                losses[name] += float(terms["cross_entropy"]) * counted
                 if teacher is not None:
-                    divergences[name] += float(terms["distillation"]) * len(targets)
+                    divergences[name] += float(terms["distillation"]) * counted
                 elif module.family is not None:
                     teacher = student
-            count += len(targets)
+            count += counted
             rows += len(batch)
         return (
             {name: total / count for name, total in losses.items()},
@@ -187,13 +187,13 @@ def _require_finite(
 def _teacher_loss(
     teacher: Teacher,
     predicted: Head | TopK,
-    targets: Tensor,
+    batch: Batch,
     config: ObjectiveConfig,
     first: int,
-    rows: int,
 ) -> float:
     """Cross-entropy of the teacher itself on validation rows, in nats per token."""
     if isinstance(predicted, TopK):
         assert isinstance(teacher, CachedTeacher)
-        return teacher.cross_entropy("validation", first, rows)
-    return float(token_terms(predicted, None, targets, config)["cross_entropy"])
+        return teacher.cross_entropy("validation", first, batch)
+    terms = token_terms(predicted, None, batch.targets, config, batch.counted)
+    return float(terms["cross_entropy"])

@@ -9,15 +9,15 @@ import pytest
 import torch
 from helpers.strategies import random_parent
 from helpers.teacher_caches import Case
-from torch import Tensor
 
 from elastic.config import ObjectiveConfig
-from elastic.data.datamodule import SequenceStream
+from elastic.data import Batch, batch_of
+from elastic.data.batches import SequenceStream
+from elastic.data.order import SOURCE_BITS
 from elastic.losses import TopK, token_terms
 from elastic.parent import HybridParent
 from elastic.parent.weights import load_parent
 from elastic.teacher import CachedTeacher, OnlineTeacher
-from elastic.teacher.cache.index import text_of
 from elastic.teacher.cache.write import write_cache
 
 CPU = torch.device("cpu")
@@ -25,30 +25,31 @@ SEQUENCES = 4
 
 
 def online(case: Case) -> OnlineTeacher:
-    return OnlineTeacher(load_parent(case.teacher), "32-true", None)
+    return OnlineTeacher(load_parent(case.teacher), "32-true")
 
 
-def losses(case: Case, student: HybridParent, batch: Tensor, *output: object) -> list[float]:
+def losses(case: Case, student: HybridParent, batch: Batch, *output: object) -> list[float]:
     """What a student would minimise, by the outputs of several teachers."""
-    head = student(batch[:, :-1]).flatten(0, 1), student.head_weight()
-    targets = batch[:, 1:].flatten()
+    head = student(batch.inputs, None, batch.documents).flatten(0, 1), student.head_weight()
     with torch.no_grad():
-        terms = [token_terms(head, each, targets, case.config.objective) for each in output]  # type: ignore[arg-type]
+        terms = [
+            token_terms(head, each, batch.targets, case.config.objective, batch.counted)  # type: ignore[arg-type]
+            for each in output
+        ]
     return [float(each["total"]) for each in terms]
 
 
-def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Tensor]]:
+def batches(case: Case, stage: str, world_size: int) -> list[tuple[int, Batch]]:
     """Every micro-batch of a stage as its processes see it, and the place of its first row."""
-    stream = text_of(case.config, case.stages[stage], case.data).stream
-    count = case.stages[stage].tokens // (32 if stage == "short" else 64)
+    stream = case.text(stage).stream
     ranks = [
         SequenceStream(
-            stream.sequences, batch_sequences=SEQUENCES, seed=stream.seed,
-            stage_name=stream.stage_name, rank=rank, world_size=world_size,
+            stream.order, stream.sequences, batch_sequences=SEQUENCES,
+            step_sequences=SEQUENCES * world_size, rank=rank, world_size=world_size,
         )
         for rank in range(world_size)
     ]  # fmt: skip
-    rounds = range(count // (SEQUENCES * world_size))
+    rounds = range(case.sequences(stage) // (SEQUENCES * world_size))
     return [
         ((number * world_size + rank) * SEQUENCES, batch)
         for number, row in zip(rounds, zip(*ranks, strict=True), strict=False)
@@ -65,14 +66,15 @@ def pair(case: Case, stage: str) -> tuple[OnlineTeacher, CachedTeacher]:
 
 @pytest.mark.parametrize("stage", ["short", "long"])
 def test_every_batch_of_a_run_has_the_loss_of_the_online_teacher(case: Case, stage: str) -> None:
-    """Two processes, three epochs of the short stage, part of one of the long."""
+    """Two processes and two sources; several epochs of the short stage, part of one of the long."""
     teacher, cached = pair(case, stage)
     assert case.config.parent.shape is not None
     student = random_parent(case.config.parent.shape, seed=1)
     seen = batches(case, stage, world_size=2)
-    windows = case.wanted().stages[stage].windows
-    epochs = (seen[-1][0] + SEQUENCES - 1) / windows
-    assert (2 < epochs < 3) if stage == "short" else epochs < 1
+    keys = case.text(stage).stream.order.keys(0, case.sequences(stage))
+    assert len(seen) * SEQUENCES == len(keys) and set((keys >> SOURCE_BITS).tolist()) == {0, 1}
+    times = np.unique(keys, return_counts=True)[1]
+    assert times.max() >= 3 if stage == "short" else times.max() == 1
     for first, batch in seen:
         outputs = (
             teacher.distributions(batch, "train", first),
@@ -84,26 +86,27 @@ def test_every_batch_of_a_run_has_the_loss_of_the_online_teacher(case: Case, sta
 
 def test_validation_has_the_loss_of_the_online_teacher_and_of_its_own_text(case: Case) -> None:
     teacher, cached = pair(case, "long")
-    text = text_of(case.config, case.stages["long"], case.data).validation
+    text = case.text("long")
+    assert {key >> SOURCE_BITS for key in text.validation} == {0, 1}
     assert case.config.parent.shape is not None
     student = random_parent(case.config.parent.shape, seed=1)
-    for first in range(0, len(text), 3):
-        batch = torch.stack([text[row] for row in range(first, min(first + 3, len(text)))])
+    for first in range(0, len(text.validation), 3):
+        batch = batch_of([text.held_out[key] for key in text.validation[first : first + 3]])
         output = teacher.distributions(batch, "validation", first)
         kept = cached.distributions(batch, "validation", first)
         expected, found = losses(case, student, batch, output, kept)
         assert found == pytest.approx(expected, rel=1e-6)
-        terms = token_terms(output, None, batch[:, 1:].flatten(), ObjectiveConfig())  # type: ignore[arg-type]
-        own = cached.cross_entropy("validation", first, len(batch))
+        terms = token_terms(output, None, batch.targets, ObjectiveConfig(), batch.counted)  # type: ignore[arg-type]
+        own = cached.cross_entropy("validation", first, batch)
         assert own == pytest.approx(float(terms["cross_entropy"]), rel=1e-6)
 
 
 def test_a_sequence_is_cached_once_however_often_it_comes(case: Case) -> None:
     cached = case.reader()
     contents = case.wanted().stages
-    positions = case.stages["short"].tokens // 32
-    assert contents["short"].train == contents["short"].windows < positions / 2
-    assert contents["long"].train == case.stages["long"].tokens // 64 < contents["long"].windows
+    packs = case.text("short").stream.sequences.packs
+    assert contents["short"].train == sum(map(len, packs)) < case.sequences("short") / 2
+    assert contents["long"].train == case.sequences("long")
     for stage, length in (("short", 32), ("long", 64)):
         shards = cached.shard_sets[stage, "train"]
         rows = [len(shards.open(number)["text"]) for number in range(shards.count())]
@@ -141,7 +144,7 @@ def test_files_are_mapped_not_loaded(case: Case) -> None:
     cached.start(CPU, "short")
     (first, batch), *_ = batches(case, "short", 1)
     output = cached.distributions(batch, "train", first)
-    assert isinstance(output, TopK) and output.indices.shape == (batch[:, 1:].numel(), 7)
+    assert isinstance(output, TopK) and output.indices.shape == (len(batch.targets), 7)
     arrays = [array for rows in cached._maps.values() for array in rows.values()]
     assert arrays and all(isinstance(array, np.memmap) for array in arrays)
 
